@@ -1,0 +1,52 @@
+"""Hooks that leave with their owner."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class HookSet:
+    """Forward hooks registered together and removed together, newest first."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """`hook(module, args, kwargs)` runs before `module`; it may return new (args, kwargs)."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """`hook(module, args, output)` runs after `module`, before hooks that are already there; it may replace output.
+
+        First in line, so that whatever records hidden states sees the edited ones, as the next layer does.
+        """
+        self._handles.append(module.register_forward_hook(hook, prepend=True))
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def as_keywords(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, whichever way they were given."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """The KV cache among keyword arguments: `cache` in newer transformers, `past_key_values` in older ones."""
+    cache = arguments.get("cache")
+    return cache if cache is not None else arguments.get("past_key_values")
+
+
+def cached_length(arguments: dict[str, Any]) -> int:
+    """How many positions the cache among `arguments` holds already; 0 for none: the call is a prefill."""
+    cache = cache_of(arguments)
+    return int(cache.get_seq_length()) if cache is not None else 0
