@@ -1,9 +1,55 @@
-"""vlattn: work on the attention of vision-language models people already run."""
+"""vlattn: work on the attention of vision-language models people already run.
 
+    model, processor = vlattn.load("tiny")
+    with vlattn.FlowCut(keep=36)(model) as trace:
+        out = model.generate(**inputs, max_new_tokens=32)
+"""
+
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 # In a checkout, assets/, configs/, eval/ and kernels/ sit beside this package; in a wheel they are inside it.
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vlattn.errors import InputError as InputError
+    from vlattn.interventions.base import Handle as Handle
+    from vlattn.interventions.base import Intervention as Intervention
+    from vlattn.interventions.base import attach as attach
+    from vlattn.interventions.base import compose as compose
+    from vlattn.interventions.flowcut import FlowCut as FlowCut
+    from vlattn.interventions.random_prune import RandomPrune as RandomPrune
+    from vlattn.interventions.uniform_prune import UniformPrune as UniformPrune
+    from vlattn.models.load import load as load
+    from vlattn.runtime.tokens import VisualTokens as VisualTokens
+    from vlattn.runtime.trace import Trace as Trace
+
+# Imported on first use: scoring must not pay for torch.
+_HOMES = {
+    "InputError": "vlattn.errors",
+    "Handle": "vlattn.interventions.base",
+    "Intervention": "vlattn.interventions.base",
+    "attach": "vlattn.interventions.base",
+    "compose": "vlattn.interventions.base",
+    "FlowCut": "vlattn.interventions.flowcut",
+    "RandomPrune": "vlattn.interventions.random_prune",
+    "UniformPrune": "vlattn.interventions.uniform_prune",
+    "load": "vlattn.models.load",
+    "VisualTokens": "vlattn.runtime.tokens",
+    "Trace": "vlattn.runtime.trace",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlattn' has no attribute {name!r}")
+    return getattr(_import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,135 @@
+"""The one idea: an intervention is a dataclass of hyper-parameters that you enter as a context on a live model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from vlattn.errors import InputError
+from vlattn.models.adapter import adapter_for
+from vlattn.runtime.hooks import HookSet
+from vlattn.runtime.session import Session, close_if_empty, session_of
+from vlattn.runtime.trace import Trace
+
+Place = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class Intervention(ABC):
+    """Base of every method. Subclasses are frozen dataclasses whose fields are the paper's hyper-parameters.
+
+    `method(model)` is a context manager whose target is a `Trace`; leaving it, also by an exception, removes every hook.
+    """
+
+    place: ClassVar[Place]
+    selects_features: ClassVar[bool] = False
+    """Whether it decides which image features reach the decoder; only one such method can act on a model."""
+
+    @abstractmethod
+    def _attach(self, session: Session, hooks: HookSet, trace: Trace) -> None:
+        """Check the settings against the model and register hooks; state goes into closures, never into self."""
+
+    def _parts(self) -> tuple[Intervention, ...]:
+        return (self,)
+
+    def __call__(self, model: nn.Module) -> Handle:
+        return Handle(model, self)
+
+
+class Handle:
+    """An intervention on a model: a context manager, or attached by `attach` until `detach()`."""
+
+    def __init__(self, model: nn.Module, intervention: Intervention) -> None:
+        self.model, self.intervention, self.trace = model, intervention, Trace()
+        self._session: Session | None = None
+        self._hooks = HookSet()
+
+    def attach(self) -> Handle:
+        if self._session is not None:
+            raise InputError("handle: it is attached already; call detach() first, or make another one")
+        session = session_of(self.model, adapter_for)
+        parts = self.intervention._parts()
+        self._session = session
+        try:
+            for part in parts:
+                refuse_conflicts(part, session.members)
+                session.members.append(part)
+                part._attach(session, self._hooks, self.trace)
+            session.traces.append(self.trace)
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Remove every hook of this intervention; the model is as it was. Calling it twice is harmless."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        self._hooks.remove()
+        mine = {id(part) for part in self.intervention._parts()}
+        session.members = [member for member in session.members if id(member) not in mine]
+        session.traces = [trace for trace in session.traces if trace is not self.trace]
+        if not any(member.selects_features for member in session.members):
+            session.drops_features = False
+        close_if_empty(session)
+
+    def __enter__(self) -> Trace:
+        return self.attach().trace
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.detach()
+
+
+def refuse_conflicts(new: Intervention, members: list[Intervention]) -> None:
+    """Raise where `new` cannot act beside what is already there."""
+    for member in members:
+        if new.selects_features and member.selects_features:
+            raise InputError(
+                f"{type(new).__name__}: {type(member).__name__} already chooses the image features of this model; "
+                "two methods cannot both choose them, so leave one context or drop one from compose"
+            )
+
+
+@dataclass(frozen=True)
+class Composed(Intervention):
+    """Several interventions as one; made by `compose`."""
+
+    members: tuple[Intervention, ...]
+    place = "encoder"
+
+    def _attach(self, session: Session, hooks: HookSet, trace: Trace) -> None:
+        raise AssertionError("a composition attaches its parts")
+
+    def _parts(self) -> tuple[Intervention, ...]:
+        return self.members
+
+
+def compose(*interventions: Intervention) -> Intervention:
+    """Combine methods into one: ordered by place in the network (encoder first), refused where they contradict.
+
+    Raises:
+        InputError: nothing to compose, something that is no intervention, or two methods that cannot act together.
+    """
+    parts: list[Intervention] = []
+    for given in interventions:
+        if not isinstance(given, Intervention):
+            raise InputError(f"compose: {given!r} is no intervention; give instances such as FlowCut(keep=64)")
+        for part in given._parts():
+            refuse_conflicts(part, parts)
+            parts.append(part)
+    if not parts:
+        raise InputError("compose: got nothing; give at least one intervention")
+    order: dict[Place, int] = {"encoder": 0, "decoder": 1}
+    return Composed(tuple(sorted(parts, key=lambda part: order[part.place])))
+
+
+def attach(model: nn.Module, intervention: Intervention) -> Handle:
+    """Attach without a context: `handle = attach(model, FlowCut(keep=64)); ...; handle.detach()`; see `handle.trace`."""
+    if not isinstance(intervention, Intervention):
+        raise InputError(f"intervention: got {intervention!r}; give an instance such as FlowCut(keep=64)")
+    return Handle(model, intervention).attach()

@@ -1,0 +1,48 @@
+"""Methods by name, and the short form that commands take: `flowcut:keep=64`, several joined by `+`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import yaml
+
+from vlattn.errors import InputError
+from vlattn.interventions.base import Intervention, compose
+from vlattn.interventions.flowcut import FlowCut
+from vlattn.interventions.random_prune import RandomPrune
+from vlattn.interventions.uniform_prune import UniformPrune
+
+METHODS: dict[str, type[Intervention]] = {
+    "flowcut": FlowCut,
+    "random": RandomPrune,
+    "uniform": UniformPrune,
+}
+
+
+def parse_method(text: str) -> Intervention | None:
+    """`flowcut:keep=64,count=per_image` as an intervention; `vanilla` as None.
+
+    Values are read as YAML scalars. Unknown methods and fields are errors that list what there is.
+    """
+    if text.strip() == "vanilla":
+        return None
+    parts = [_parse_one(part.strip()) for part in text.split("+")]
+    return parts[0] if len(parts) == 1 else compose(*parts)
+
+
+def _parse_one(text: str) -> Intervention:
+    name, _, settings = text.partition(":")
+    if name not in METHODS:
+        raise InputError(f"method: {name!r} is unknown; known: vanilla, {', '.join(sorted(METHODS))}")
+    cls = METHODS[name]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = {}
+    for pair in filter(None, settings.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or key.strip() not in fields:
+            raise InputError(f"method: {pair!r} is no setting of {name}; write field=value with {', '.join(fields)}")
+        given[key.strip()] = yaml.safe_load(value)
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
+    if missing:
+        raise InputError(f"method: {name} needs {', '.join(missing)}; write {name}:{missing[0]}=VALUE")
+    return cls(**given)

@@ -1,0 +1,65 @@
+"""LLaVA and LLaVA-1.5: one CLIP or SigLIP tower, a two-layer projector, one span of placeholders per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from vlattn.errors import InputError
+from vlattn.models.adapter import Adapter, register
+
+
+@register
+class LlavaAdapter(Adapter):
+    model_types = ("llava",)
+
+    @property
+    def multimodal(self) -> nn.Module:
+        # LlavaForConditionalGeneration wraps a LlavaModel; either may be given.
+        return self.model.model if hasattr(self.model, "lm_head") else self.model
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.multimodal.vision_tower
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        return getattr(self.tower, "vision_model", self.tower).encoder.layers
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.multimodal.multi_modal_projector
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.multimodal.language_model
+
+    @property
+    def image_token_id(self) -> int:
+        return self.config.image_token_id
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return side, side
+
+    @property
+    def has_cls(self) -> bool:
+        return self.config.vision_config.model_type == "clip_vision_model"
+
+    @property
+    def cls_in_features(self) -> bool:
+        return self.has_cls and self.config.vision_feature_select_strategy == "full"
+
+    @property
+    def feature_layer(self) -> int:
+        chosen = self.config.vision_feature_layer
+        if not isinstance(chosen, int):
+            raise InputError(
+                f"vision_feature_layer: {chosen} joins several layers, which pruning inside the tower cannot follow; "
+                "set model.config.vision_feature_layer to one layer"
+            )
+        layers = len(self.vision_layers)
+        # Entry i of the tower's hidden states is the input of layer i, so the output of layer i is entry i + 1.
+        return (chosen if chosen >= 0 else layers + 1 + chosen) - 1
