@@ -28,7 +28,7 @@ SYNONYMS = {
 }
 """Other words for a category, each of which CHAIR's synonym table reads as that category."""
 
-UNITS = {"scissors": "pair", "skis": "pair", "broccoli": "head"}
+UNITS = {"scissors": "pair", "broccoli": "head"}
 
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
@@ -110,17 +110,13 @@ def _fields(rng: np.random.Generator, scene: Scene) -> dict[str, str]:
         return noun(rng, name, len(groups[name]))
 
     order = [names[i] for i in rng.permutation(len(names))]
-    left_to_right = sorted(names, key=lambda name: min(scene.objects[i].center for i in groups[name]))
+    # What has a place comes first: in "two cups and a dog on the left" the cups would seem to be there as well.
+    placed = [f"{noun(rng, name, 1)} {place(scene.objects[i])}" for i, name in single.items()]
     fields = {
         "background": scene.background,
         "everything": listing([say(name) for name in order]),
         "are": "are" if len(groups[order[0]]) > 1 else "is",
-        "placed": listing(
-            [
-                f"{say(name)} {place(scene.objects[groups[name][0]])}" if len(groups[name]) == 1 else say(name)
-                for name in left_to_right
-            ]
-        ),
+        "placed": listing(placed + [say(name) for name in repeated]),
     }
     if len(scene.objects) > 1:
         fields["total"] = NUMBERS[len(scene.objects)]

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import vlattn
+from vlattn.cli.build_pope import build_pope
+from vlattn.cli.compare import compare
+from vlattn.cli.demo import demo
+from vlattn.cli.eval import app as eval_app
+from vlattn.cli.score import score
 from vlattn.errors import InputError
 
 app = typer.Typer(
     name="vlattn",
-    help="Work on the attention of vision-language models: prune tokens, measure hallucination, account for cost.",
+    help="Work on the attention of vision-language models: prune visual tokens, measure hallucination, count the cost.\n\n"
+    "Start with [bold]vlattn demo[/bold]: offline, under three minutes on two cores.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
+app.command()(demo)
+app.add_typer(eval_app, name="eval")
+app.command()(score)
+app.command("compare")(compare)
+app.command("build-pope")(build_pope)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlattn {vlattn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

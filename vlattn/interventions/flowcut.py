@@ -60,8 +60,12 @@ def flowcut_score(
         if alive is not None:
             similarity = similarity * alive
     size = mean_value[:, 1:].abs().sum(-1)
-    share = attention / attention.sum(-1, keepdim=True) + similarity / similarity.sum(-1, keepdim=True)
-    return share * size, attention
+    return (_shares(attention) + _shares(similarity)) * size, attention
+
+
+def _shares(weights: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to sum to 1; a row that vanished (CLS relates to itself alone) stays 0 instead of turning NaN."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def running_average(average: torch.Tensor | None, score: torch.Tensor) -> torch.Tensor:
@@ -86,7 +90,7 @@ def adaptive_count(attention: torch.Tensor, alive: torch.Tensor, target: int, re
     surplus = (alive - target).clamp(min=0)
     if remaining == 0:
         return surplus
-    p = attention / attention.sum(-1, keepdim=True)
+    p = _shares(attention)
     h = torch.special.entr(p).sum(-1) / alive.clamp(min=2).to(p.dtype).log()  # 0 log 0 = 0
     n = (surplus.to(p.dtype) / math.sqrt(remaining) * (1 - h * h)).round().long()
     return n.clamp(min=0).minimum(surplus)

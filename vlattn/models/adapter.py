@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,33 +20,33 @@ class Adapter(ABC):
     """The `config.model_type` values this family answers to."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.config = model.config
+        self.model: Any = model  # what a family's modules are called is known at run time only
+        self.config: Any = model.config
 
     # Where things are -------------------------------------------------------------------------------------------------
     @property
     @abstractmethod
-    def multimodal(self) -> nn.Module:
+    def multimodal(self) -> Any:
         """The module whose forward takes input_ids and images, and calls the language model."""
 
     @property
     @abstractmethod
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """The vision tower."""
 
     @property
     @abstractmethod
-    def vision_layers(self) -> Sequence[nn.Module]:
+    def vision_layers(self) -> Sequence[Any]:
         """The tower's transformer layers, in order."""
 
     @property
     @abstractmethod
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         """From vision features [images, P, C] to the decoder's width [images, P, D]."""
 
     @property
     @abstractmethod
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The decoder without its head; takes inputs_embeds."""
 
     # What it is like --------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ class Adapter(ABC):
         """0-based index of the vision layer whose output becomes the image feature."""
 
     @property
-    def text_config(self) -> object:
+    def text_config(self) -> Any:
         return self.config.get_text_config()
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
+from typing import Any
 
 from vlattn.errors import InputError
 from vlattn.models.adapter import Adapter, register
@@ -15,24 +14,24 @@ class LlavaAdapter(Adapter):
     model_types = ("llava",)
 
     @property
-    def multimodal(self) -> nn.Module:
+    def multimodal(self) -> Any:
         # LlavaForConditionalGeneration wraps a LlavaModel; either may be given.
         return self.model.model if hasattr(self.model, "lm_head") else self.model
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.multimodal.vision_tower
 
     @property
-    def vision_layers(self) -> Sequence[nn.Module]:
+    def vision_layers(self) -> Sequence[Any]:
         return getattr(self.tower, "vision_model", self.tower).encoder.layers
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         return self.multimodal.multi_modal_projector
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.multimodal.language_model
 
     @property

@@ -60,6 +60,6 @@ def load(
             'Give "tiny", a local folder, or a hub id on a machine that is online or has it in its cache'
         ) from error
     if device is not None:
-        model = model.to(device)
+        torch.nn.Module.to(model, device)
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor

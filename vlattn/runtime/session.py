@@ -24,7 +24,7 @@ class Session:
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self.model, self.adapter = model, adapter
-        self.members: list[object] = []
+        self.members: list[Any] = []
         self.traces: list[Trace] = []
         self.visual: VisualTokens | None = None
         self.positions: Positions = "compact"

@@ -1,0 +1,55 @@
+"""One evaluation run: a model, a method and a list of items become a records file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlattn.eval.answer import OnError, answer_items, environment
+from vlattn.eval.items import Item
+from vlattn.eval.records import RecordWriter
+from vlattn.interventions.registry import parse_method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def run_items(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    items: Sequence[Item],
+    *,
+    task: str,
+    method: str,
+    images: Path,
+    out: Path,
+    batch_size: int = 1,
+    max_new_tokens: int = 512,
+    on_error: OnError = "raise",
+    settings: dict[str, Any] | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Answer `items` under `method` ("vanilla", "flowcut:keep=64", ...) into the records file `out`.
+
+    A file that an earlier, interrupted run left is completed if the run was the same, and refused otherwise.
+    """
+    intervention = parse_method(method)
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(i) for i in items], sort_keys=True).encode()).hexdigest()
+    run_info = {
+        "task": task,
+        "model": str(model.config._name_or_path),
+        "method": repr(intervention) if intervention is not None else "vanilla",
+        "items": len(items),
+        "items_sha256": digest,
+        "batch_size": batch_size,
+        "generation": {"do_sample": False, "max_new_tokens": max_new_tokens},
+        **(settings or {}),
+    }
+    with RecordWriter(out, run_info, environment(model)) as writer:
+        answer_items(
+            model, processor, items, images, writer, intervention, batch_size, max_new_tokens, on_error, advance
+        )
