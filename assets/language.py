@@ -95,7 +95,7 @@ def yes_no_question(name: str) -> str:
 
 
 def yes_no_turns(rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[str, str, int]]:
-    """`n` turns (question, answer, category): half yes; half of the no's name something that goes with the scene."""
+    """`n` turns (question, answer, category): half yes; a quarter of the no's name what goes with the scene."""
     present = sorted({o.category for o in scene.objects})
     near = [c for context in CONTEXTS if set(context) & set(present) for c in context if c not in present]
     anywhere = [c for c in range(len(NAMES)) if c not in present]
@@ -104,7 +104,7 @@ def yes_no_turns(rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[s
         if rng.random() < 0.5:
             category, answer = present[rng.integers(len(present))], "yes"
         else:
-            pool = near if near and rng.random() < 0.5 else anywhere
+            pool = near if near and rng.random() < 0.25 else anywhere
             category, answer = pool[rng.integers(len(pool))], "no"
         suffix = "\n" + ONE_WORD if rng.random() < 0.2 else ""
         turns.append((yes_no_question(NAMES[category]) + suffix, answer, category))
@@ -112,7 +112,7 @@ def yes_no_turns(rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[s
 
 
 def other_turns(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
-    """One counting question, one question of place or colour, and one caption, short or detailed."""
+    """One counting question, one question of place or colour, a short caption and a detailed one."""
     counts = Counter(o.category for o in scene.objects)
     present = list(counts)
     category = present[rng.integers(len(present))] if rng.random() < 0.85 else int(rng.integers(len(NAMES)))
@@ -123,23 +123,154 @@ def other_turns(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]
         turns.append((f"Where is the {NAMES[placed.category]}?", position(placed)))
     else:
         turns.append((COLOR_PROMPT, scene.background))
-    if rng.random() < 0.5:
-        turns.append((SHORT_PROMPTS[rng.integers(len(SHORT_PROMPTS))], short_caption(scene)))
-    else:
-        turns.append((DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], detailed_caption(scene)))
+    turns.append((SHORT_PROMPTS[rng.integers(len(SHORT_PROMPTS))], short_caption(scene)))
+    turns.append((DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], detailed_caption(scene)))
     return turns
 
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-GENERAL_WORDS = (
-    "it he she they this that these those there here is are was were be do does did can could will would should have has "
-    "not no yes of in on at to for from with by about into over under near next behind front between left right top bottom "
-    "middle center what which who where when why how many much any some all each and or but if then than as so very just "
-    "me you your my we us our please help describe tell show see look looks looking shown visible picture photo image scene "
-    "object objects thing things background color colour detail short long sentence word words phrase single one-sentence "
-    "caption provided provide generate answer question using give list name count number find locate a an the i also only "
-    "big small large little red orange black"
-).split()
+GENERAL_WORDS = [
+    "it",
+    "he",
+    "she",
+    "they",
+    "this",
+    "that",
+    "these",
+    "those",
+    "there",
+    "here",
+    "is",
+    "are",
+    "was",
+    "were",
+    "be",
+    "do",
+    "does",
+    "did",
+    "can",
+    "could",
+    "will",
+    "would",
+    "should",
+    "have",
+    "has",
+    "not",
+    "no",
+    "yes",
+    "of",
+    "in",
+    "on",
+    "at",
+    "to",
+    "for",
+    "from",
+    "with",
+    "by",
+    "about",
+    "into",
+    "over",
+    "under",
+    "near",
+    "next",
+    "behind",
+    "front",
+    "between",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "middle",
+    "center",
+    "what",
+    "which",
+    "who",
+    "where",
+    "when",
+    "why",
+    "how",
+    "many",
+    "much",
+    "any",
+    "some",
+    "all",
+    "each",
+    "and",
+    "or",
+    "but",
+    "if",
+    "then",
+    "than",
+    "as",
+    "so",
+    "very",
+    "just",
+    "me",
+    "you",
+    "your",
+    "my",
+    "we",
+    "us",
+    "our",
+    "please",
+    "help",
+    "describe",
+    "tell",
+    "show",
+    "see",
+    "look",
+    "looks",
+    "looking",
+    "shown",
+    "visible",
+    "picture",
+    "photo",
+    "image",
+    "scene",
+    "object",
+    "objects",
+    "thing",
+    "things",
+    "background",
+    "color",
+    "colour",
+    "detail",
+    "short",
+    "long",
+    "sentence",
+    "word",
+    "words",
+    "phrase",
+    "single",
+    "one-sentence",
+    "caption",
+    "provided",
+    "provide",
+    "generate",
+    "answer",
+    "question",
+    "using",
+    "give",
+    "list",
+    "name",
+    "count",
+    "number",
+    "find",
+    "locate",
+    "a",
+    "an",
+    "the",
+    "i",
+    "also",
+    "only",
+    "big",
+    "small",
+    "large",
+    "little",
+    "red",
+    "orange",
+    "black",
+]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

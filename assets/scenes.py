@@ -31,6 +31,8 @@ IN_CONTEXT = 0.9
 OBJECT_COUNTS, OBJECT_COUNT_WEIGHTS = (2, 3, 4, 5, 6), (0.12, 0.24, 0.28, 0.22, 0.14)
 REPEAT = 0.1
 MAX_OVERLAP = 0.25
+HAZE, CONTRAST, GRAIN = 0.3, (0.15, 0.5), (0.05, 0.12)
+"""Share of scenes in haze, what it leaves of the contrast, and its noise: where sight fails, habit answers."""
 
 BACKGROUNDS = {
     "blue": (0.45, 0.62, 0.85),
@@ -61,12 +63,16 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` float32 [S, S, 3] in [0, 1]; `objects` in drawing order; `owner` int [S, S]: object on top, -1 for none."""
+    """`image` float32 [S, S, 3] in [0, 1]; `objects` in drawing order; `owner` int [S, S]: object on top, or -1.
+
+    `contrast` is 1 in clear air and what is left of it in haze.
+    """
 
     image: np.ndarray
     objects: tuple[Placed, ...]
     owner: np.ndarray
     background: str
+    contrast: float = 1.0
 
     def label_map(self, background: int) -> np.ndarray:
         """Category index per pixel, int64 [S, S], with `background` where no object is on top."""
@@ -82,7 +88,9 @@ def load_sprites(artwork: Path, families: tuple[str, ...]) -> list[list[list[np.
         for family in families:
             path = artwork / FAMILIES[family].format(code)
             if not path.is_file():
-                raise FileNotFoundError(f"artwork {path} is missing: install the npm packages named in assets/README.md")
+                raise FileNotFoundError(
+                    f"artwork {path} is missing: install the npm packages named in assets/README.md"
+                )
             art = Image.open(path).convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
             variants = []
             for size in SIZES:
@@ -158,4 +166,10 @@ def draw_scene(rng: np.random.Generator, sprites: list[list[list[np.ndarray]]]) 
         image[y : y + size, x : x + size] = window * (1 - alpha) + art[..., :3] * alpha
         owner[y : y + size, x : x + size][alpha[..., 0] > 0.5] = len(placed)
         placed.append(Placed(category, x, y, size, alpha[..., 0]))
-    return Scene(np.clip(image, 0, 1).astype(np.float32), tuple(placed), owner, background)
+    contrast = 1.0
+    if rng.random() < HAZE:
+        contrast = float(rng.uniform(*CONTRAST))
+        veil = np.array(BACKGROUNDS[background], np.float32)
+        grain = rng.normal(0, rng.uniform(*GRAIN), image.shape).astype(np.float32)
+        image = veil + contrast * (image - veil) + grain
+    return Scene(np.clip(image, 0, 1).astype(np.float32), tuple(placed), owner, background, contrast)

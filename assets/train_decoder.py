@@ -1,8 +1,8 @@
 """Stage two of the tiny LLaVA: projector and decoder on packed questions, with three aids that make it look.
 
 Language-model loss alone learns the captions' form and answers yes to everything. What makes it see: an alignment loss
-(each projected patch against the mean word embedding of its category), a presence loss (a throw-away linear head reads, at
-the object's last word, whether the object is there), and a larger weight on yes and no.
+(each projected patch against the mean word embedding of its category), a presence loss (a throw-away linear head
+reads, at the object's last word, whether the object is there), and a larger weight on yes and no.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlattn.assets.language import other_turns, yes_no_turns
 from vlattn.assets.scenes import NAMES, SIZE, Scene, draw_scene
-from vlattn.assets.train_tower import PATCH, K, patch_labels, pixels
+from vlattn.assets.train_tower import PATCH, patch_labels, pixels
 from vlattn.assets.training import Log, Optimiser, learning_rate_factor, load_checkpoint, save_checkpoint, step_rng
 
 BATCH = 32
@@ -74,7 +74,9 @@ class Packer:
             *[tokenizer.convert_tokens_to_ids("<image>")] * IMAGE_TOKENS,
         ]
 
-    def row(self, rng: np.random.Generator, scene: Scene) -> tuple[list[int], list[int], list[int], list[int], list[tuple]]:
+    def row(
+        self, rng: np.random.Generator, scene: Scene
+    ) -> tuple[list[int], list[int], list[int], list[int], list[tuple]]:
         """ids, labels (-100 outside answers), segment (0 prefix, 1.. turns), position ids, and presence probes."""
         ids, segment = list(self.prefix), [0] * len(self.prefix)
         labels, position = [-100] * len(ids), list(range(len(ids)))
@@ -120,7 +122,11 @@ def train_decoder(
     """Train (or go on training) projector and decoder for `steps` steps of 32 fresh scenes; the tower stays frozen."""
     torch.manual_seed(seed + 1)
     model = new_model(tower, tokenizer).to(device)
-    vision, projector, language = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
+    vision, projector, language = (
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        model.model.language_model,
+    )
     vision.requires_grad_(False)
     width = DECODER["hidden_size"]
     aids = nn.ModuleDict({"presence": nn.Linear(width, 1)}).to(device)
@@ -150,7 +156,9 @@ def train_decoder(
         data = {k: v.to(device) for k, v in packer.batch(rng, scenes, chained=step % 8 == 7).items()}
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             features = see(pixels(scenes).to(device), output_hidden_states=True).hidden_states[-2][:, 1:]
-        mask = torch.zeros(data["allowed"].shape, dtype=torch.bfloat16, device=device).masked_fill(~data["allowed"], -1e9)
+        mask = torch.zeros(data["allowed"].shape, dtype=torch.bfloat16, device=device).masked_fill(
+            ~data["allowed"], -1e9
+        )
         hidden, visual = run(features, data["ids"], data["position"], mask)
 
         table = language.embed_tokens.weight

@@ -58,7 +58,9 @@ def sincos_positions(grid: int, dim: int) -> torch.Tensor:
     return torch.cat([rows, columns], -1).reshape(grid * grid, dim)
 
 
-def train_tower(work: Path, sprites: list, steps: int, seed: int, device: str, compiled: bool, log: Log) -> CLIPVisionModel:
+def train_tower(
+    work: Path, sprites: list, steps: int, seed: int, device: str, compiled: bool, log: Log
+) -> CLIPVisionModel:
     """Train (or go on training) for `steps` steps of 64 fresh scenes; returns the tower on the CPU."""
     torch.manual_seed(seed)
     # Attention by plain matrix products: on a CPU the fused kernel's backward pass takes half of the step.

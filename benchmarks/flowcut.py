@@ -4,25 +4,27 @@
     python benchmarks/flowcut.py --device cuda --layers 32 --dtype float16 --prefill-repeats 20 --out ...
 
 The model is a LLaVA-1.5 of real widths with random weights: a CLIP-L/14-336 tower (24 layers, 1024, 577 tokens), the
-projector, and a LLaMA-7B decoder (4096, 11008, 32 heads) of `--layers` layers, without its head; one image, batch 1, sdpa
-in every arm. Time does not depend on what the weights say, with one exception: FlowCut drops more patches where CLS
-attention is concentrated, and a random tower attends so evenly that everything would be left to the last pruning. So the
-query and key projections of each vision layer are scaled until the entropy of its head-mean CLS attention over patches is
-`--entropy` of the maximum, 0.8 by default. That number is our assumption about trained CLIP towers, not a measurement of
-one; it decides how fast the tower shortens, and nothing else.
+projector, and a LLaMA-7B decoder (4096, 11008, 32 heads) of `--layers` layers, without its head; one image, batch 1,
+sdpa in every arm. Time does not depend on what the weights say, with one exception: FlowCut drops more patches where
+CLS attention is concentrated, and a random tower attends so evenly that everything would be left to the last pruning.
+So the query and key projections of each vision layer are scaled until the entropy of its head-mean CLS attention over
+patches is `--entropy` of the maximum, 0.8 by default. That number is our assumption about trained CLIP towers, not a
+measurement of one; it decides how fast the tower shortens, and nothing else.
 
 What is compared, arms interleaved in one process, ratios taken round by round:
 
-decoder      the decoder under FlowCut's sequence edit, given the full prompt with its marks, against the stock decoder
-             given the surviving tokens only (the fed-short bound): what the edit costs. Target 1.03.
-tower        the tower under FlowCut against the stock embeddings, norm and layers, run one by one on random hidden states
-             of the lengths that FlowCut's layers ran at: what scoring and gathering cost. Target 1.05.
-keep all     a whole prefill with FlowCut keeping every token against the vanilla model. Target 1.02.
-prefill      whole prefills (tower, projector, decoder) with FlowCut against vanilla, for several `--keep`, beside the ratio
-             of FLOPs (`vlattn.eval.model_cost`) and the same prefill put together from stock parts at the short lengths.
+decoder   the decoder under FlowCut's sequence edit, given the full prompt with its marks, against the stock decoder
+          given the surviving tokens only (the fed-short bound): what the edit costs. Target 1.03.
+tower     the tower under FlowCut against the stock embeddings, norm and layers, run one by one on random hidden
+          states of the lengths that FlowCut's layers ran at: what scoring and gathering cost. Target 1.05.
+keep all  a whole prefill with FlowCut keeping every token against the vanilla model. Target 1.02.
+prefill   whole prefills (tower, projector, decoder) with FlowCut against vanilla, for several `--keep`, beside the
+          ratio of FLOPs (`vlattn.eval.model_cost`) and the same prefill put together from stock parts at the short
+          lengths.
 
-FlowCut stays attached throughout, as in use; each arm has a model object of its own, and all share one set of weights.
-Before timing, the outputs of the decoder arms and of the keep-all arms are checked to be the same bit for bit.
+The overhead of the first two is taken at the smallest `--keep`. FlowCut stays attached throughout, as in use; each
+arm has a model object of its own, and all share one set of weights. Before timing, the outputs of the decoder arms
+and of the keep-all arms are checked to be the same bit for bit.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import argparse
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -96,7 +99,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> LlavaModel:
         vocab_size=1024,  # looking a word up takes as long in a table of 32 000
         pad_token_id=0,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
     with torch.device(device):
         return LlavaModel._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
 
@@ -130,6 +133,7 @@ def _attention_inputs(model: LlavaModel, pixels: torch.Tensor) -> Any:
     """(attention module, what it is given) of each vision layer; a layer runs after its pair was handed out."""
     embeddings, norm, layers = _tower_parts(model)
     hidden = norm(embeddings(pixels))
+    layer: Any
     for layer in layers:
         yield layer.self_attn, layer.layer_norm1(hidden)
         hidden = _first(layer(hidden, None))
@@ -137,7 +141,7 @@ def _attention_inputs(model: LlavaModel, pixels: torch.Tensor) -> Any:
 
 def _tower_parts(model: LlavaModel) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]:
     adapter = adapter_for(model)
-    tower = getattr(adapter.tower, "vision_model", adapter.tower)
+    tower: Any = getattr(adapter.tower, "vision_model", adapter.tower)
     return tower.embeddings, tower.pre_layrnorm, adapter.vision_layers
 
 
@@ -205,11 +209,15 @@ def run_decoder(model: LlavaModel, call: dict[str, Any]) -> torch.Tensor:
     return adapter_for(model).language_model(**call, use_cache=True).last_hidden_state
 
 
+def _random_states(model: LlavaModel, pixels: torch.Tensor, tokens: int) -> torch.Tensor:
+    vision: Any = model.config.vision_config
+    return torch.randn(1, tokens, vision.hidden_size, dtype=pixels.dtype, device=pixels.device)
+
+
 def stock_tower(model: LlavaModel, pixels: torch.Tensor, lengths: Sequence[int]) -> Arm:
     """Stock embeddings, norm and layers, each layer on random hidden states of its length."""
     embeddings, norm, layers = _tower_parts(model)
-    width, kind = model.config.vision_config.hidden_size, {"dtype": model.dtype, "device": pixels.device}
-    states = {n: torch.randn(1, n, width, **kind) for n in set(lengths)}
+    states = {n: _random_states(model, pixels, n) for n in set(lengths)}
 
     def run() -> None:
         norm(embeddings(pixels))
@@ -223,8 +231,7 @@ def stock_prefill(model: LlavaModel, pixels: torch.Tensor, pruned: Pruned) -> Ar
     """The fed-short bound of a whole prefill: stock tower layers, projector and decoder at FlowCut's lengths."""
     adapter = adapter_for(model)
     tower = stock_tower(model, pixels, pruned.cost["tower_lengths"])
-    width, kind = model.config.vision_config.hidden_size, {"dtype": model.dtype, "device": pixels.device}
-    features = torch.randn(1, pruned.keep, width, **kind)
+    features = _random_states(model, pixels, pruned.keep)
 
     def run() -> object:
         tower()
@@ -317,7 +324,7 @@ def as_json(
             "seed": args.seed,
         },
         "entropy": {
-            "what": "entropy of the head-mean CLS attention over patches / its maximum, no pruning; q and k scaled to it",
+            "what": "entropy of head-mean CLS attention over patches / its maximum, unpruned; q and k scaled to it",
             "target": args.entropy,
             "reached_by_layer": [round(h, 4) for h in reached],
         },
@@ -347,6 +354,12 @@ def as_json(
     }
 
 
+def as_text(found: dict[str, Any]) -> str:
+    """JSON with each list of numbers on one line."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
+
+
 def _milliseconds(s: Spread) -> dict[str, float]:
     return {"median": round(s.median * 1e3, 4), "lower": round(s.lower * 1e3, 4), "upper": round(s.upper * 1e3, 4)}
 
@@ -363,7 +376,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--entropy", type=float, default=0.8, help="normalised entropy of CLS attention to scale to")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="a toy model: does the program run here? Times mean nothing")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the program; times mean nothing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     if args.warmup is None:
@@ -395,24 +408,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"keep {p.keep}: tower ran at", *p.cost["tower_lengths"])
 
     bench = Bench(console, args.warmup)
-    decoder = {
+    decoder: dict[str, Arm] = {
         "fed short": partial(run_decoder, model, fewest.short),
         f"flowcut {fewest.keep}": partial(run_decoder, fewest.model, fewest.marked),
     }
     bench.run("decoder", decoder, args.repeats)
     bench.compare("decoder", f"flowcut {fewest.keep}", "fed short")
 
-    tower = {
+    tower: dict[str, Arm] = {
         "stock layers": stock_tower(model, pixels, fewest.cost["tower_lengths"]),
         f"flowcut {fewest.keep}": partial(adapter_for(fewest.model).tower, pixels),
     }
     bench.run("tower", tower, args.repeats)
     bench.compare("tower", f"flowcut {fewest.keep}", "stock layers")
 
-    vanilla = partial(model, **inputs, use_cache=True)
-    bench.run(
-        "keep all", {"vanilla": vanilla, "flowcut all": partial(everything.model, **inputs, use_cache=True)}, args.repeats
-    )
+    vanilla, keep_all = (partial(m, **inputs, use_cache=True) for m in (model, everything.model))
+    bench.run("keep all", {"vanilla": vanilla, "flowcut all": keep_all}, args.repeats)
     bench.compare("keep all", "flowcut all", "vanilla")
 
     prefill: dict[str, Arm] = {"vanilla": vanilla}
@@ -428,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(console, bench)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(as_json(bench, args, shape, reached, pruned), indent=1) + "\n")
+        args.out.write_text(as_text(as_json(bench, args, shape, reached, pruned)))
         console.print(f"wrote {args.out}")
 
 

@@ -83,7 +83,9 @@ def answer_items(
             asked.setdefault((item.image, item.prompt), []).append(item)
     with intervention(model) if intervention is not None else contextlib.nullcontext():
         for batch in _batches(list(asked.values()), images, batch_size, on_error, writer, advance):
-            for same, fields in zip([b[0] for b in batch], _generate(model, processor, batch, max_new_tokens), strict=True):
+            for same, fields in zip(
+                [b[0] for b in batch], _generate(model, processor, batch, max_new_tokens), strict=True
+            ):
                 for item in same:
                     meta = {**item.meta}
                     writer.write(

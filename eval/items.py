@@ -68,5 +68,7 @@ def _is_json_lines(path: Path) -> bool:
         with path.open(encoding="utf-8") as file:
             first = file.readline(4096)
     except OSError as error:
-        raise InputError(f"annotations={str(path)!r} cannot be read ({error.strerror}); give an existing file") from None
+        raise InputError(
+            f"annotations={str(path)!r} cannot be read ({error.strerror}); give an existing file"
+        ) from None
     return '"question_id"' in first

@@ -1,4 +1,4 @@
-"""The definitions: every op of `vlattn.ops` in plain PyTorch, accumulated in fp32 (fp64 stays fp64), written to be read."""
+"""The definitions: every op of `vlattn.ops` in plain PyTorch, accumulated in fp32 (fp64 stays), written to be read."""
 
 from __future__ import annotations
 
@@ -25,5 +25,7 @@ def select_tokens(score: torch.Tensor, k: int, *tensors: torch.Tensor) -> tuple[
     """Top-k per row in ascending order of position, and the rows gathered; see `vlattn.ops.select_tokens`."""
     # A stable sort, so that ties go to the lower position on every device.
     index = score.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values  # [B, k]
-    gathered = [t.gather(1, index.reshape(*index.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])) for t in tensors]
+    gathered = [
+        t.gather(1, index.reshape(*index.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])) for t in tensors
+    ]
     return (index, *gathered)

@@ -1,4 +1,4 @@
-"""FlowCut as the released code runs it, in plain loops over the tower's weights: full attention, every head, no hooks."""
+"""FlowCut as the released code runs it, in plain loops over the tower's weights: full attention, no hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def naive_flowcut(
     """Run the layers on x [B, 1 + P, C] (the tower's embeddings) with the count shared by the batch.
 
     Returns:
-        feature [B, 1 + P', C] of the feature layer, kept [B, P'], by_layer {layer: kept}, lengths of each layer's input.
+        feature [B, 1 + P', C] of the feature layer, kept [B, P'], by_layer {layer: kept}, lengths: each layer's input.
     """
     batch, patches = x.shape[0], x.shape[1] - 1
     kept = [list(range(patches)) for _ in range(batch)]
@@ -91,7 +91,9 @@ def embeddings(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return tower.pre_layrnorm(tower.embeddings(pixels))
 
 
-def naive_features(model: nn.Module, pixels: torch.Tensor, keep: int, **options: str) -> tuple[torch.Tensor, list[list[int]]]:
+def naive_features(
+    model: nn.Module, pixels: torch.Tensor, keep: int, **options: str
+) -> tuple[torch.Tensor, list[list[int]]]:
     """Projected features [images, keep, D] of the pruned tower, and the patch ids they come from."""
     tower = model.model.vision_tower
     layer = model.config.vision_feature_layer

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
+torch.set_num_threads(1)  # too small to be worth sharing out
+
 VOCABULARY = 64
 PAD, IMAGE = 0, 63
 CACHE = "cache" if "cache" in inspect.signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
@@ -68,6 +70,7 @@ def llava(
     _draw(model, seed, sharpness)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
+    model.generation_config.suppress_tokens = [IMAGE]  # said again to the model, a placeholder would ask for an image
     return model.to(dtype).eval()
 
 
@@ -133,7 +136,7 @@ def short_sequence(
         ({inputs_embeds, attention_mask}, position_ids of the surviving tokens in the full prompt); left-padded.
     """
     table = model.get_input_embeddings().weight
-    ids = inputs["input_ids"]
+    ids, placeholder = inputs["input_ids"], model.config.image_token_id
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     span, image, rows, places = per_image(model), 0, [], []
     for tokens, alive in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -141,8 +144,8 @@ def short_sequence(
         while at < len(tokens):
             if not alive[at]:
                 at += 1
-            elif tokens[at] == IMAGE:
-                assert tokens[at : at + span] == [IMAGE] * span
+            elif tokens[at] == placeholder:
+                assert tokens[at : at + span] == [placeholder] * span
                 row += list(kept[image][:, :-1])
                 place += [position + int(patch) for patch in kept[image][:, -1]]
                 at, position, image = at + span, position + span, image + 1
@@ -168,6 +171,11 @@ def with_slots(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, slots[:, None].to(values.dtype)], 1)
 
 
+def next_token(logits: torch.Tensor) -> torch.Tensor:
+    """Greedy choice at the last position [B, 1], never a placeholder."""
+    return logits[:, -1:, :IMAGE].argmax(-1)
+
+
 def hooks_of(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
     """Every hook of every module, in order, by the identity of its function."""
     names = [
@@ -190,9 +198,7 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     """Config, attention implementations and instance attributes that an intervention could have touched."""
     return {
         "config": model.config.to_dict(),
-        "attention": [
-            module.config._attn_implementation for module in model.modules() if hasattr(module, "config")
-        ],
+        "attention": [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")],
         "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
         "training": [module.training for module in model.modules()],
     }

@@ -1,8 +1,8 @@
 """vlattn: work on the attention of vision-language models people already run.
 
-    model, processor = vlattn.load("tiny")
-    with vlattn.FlowCut(keep=36)(model) as trace:
-        out = model.generate(**inputs, max_new_tokens=32)
+model, processor = vlattn.load("tiny")
+with vlattn.FlowCut(keep=36)(model) as trace:
+    out = model.generate(**inputs, max_new_tokens=32)
 """
 
 from importlib import import_module as _import_module
@@ -16,6 +16,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vlattn.assets.paths import tiny_coco as tiny_coco
     from vlattn.errors import InputError as InputError
     from vlattn.interventions.base import Handle as Handle
     from vlattn.interventions.base import Intervention as Intervention
@@ -41,8 +42,9 @@ _HOMES = {
     "load": "vlattn.models.load",
     "VisualTokens": "vlattn.runtime.tokens",
     "Trace": "vlattn.runtime.trace",
+    "tiny_coco": "vlattn.assets.paths",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -63,9 +63,7 @@ def test_the_formula_gives_the_numbers_it_was_published_with(v1: Any) -> None:
         weight.flatten()[:2], torch.tensor([1.265071169, -1.328345492], dtype=torch.float64), atol=1e-8, rtol=0
     )
     start = 2 * formula(7777, 2, 37, 16).flatten()[:2]
-    torch.testing.assert_close(
-        start, torch.tensor([-0.644785291, 0.264371196], dtype=torch.float64), atol=1e-8, rtol=0
-    )
+    torch.testing.assert_close(start, torch.tensor([-0.644785291, 0.264371196], dtype=torch.float64), atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("count", ["batch_max", "per_image"])

@@ -17,7 +17,8 @@ from vlattn.errors import InputError
 
 app = typer.Typer(
     name="vlattn",
-    help="Work on the attention of vision-language models: prune visual tokens, measure hallucination, count the cost.\n\n"
+    help="Work on the attention of vision-language models: prune visual tokens, measure hallucination, "
+    "count the cost.\n\n"
     "Start with [bold]vlattn demo[/bold]: offline, under three minutes on two cores.",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -19,7 +19,9 @@ Method = Annotated[str, typer.Option(help="vanilla, or a method such as flowcut:
 Data = Annotated[
     Literal["val", "shift"], typer.Option(help="Embedded set, used where --annotations and --images are left out.")
 ]
-Annotations = Annotated[Path | None, typer.Option(help="COCO instances file (pope: or a POPE question file or folder).")]
+Annotations = Annotated[
+    Path | None, typer.Option(help="COCO instances file (pope: or a POPE question file or folder).")
+]
 Images = Annotated[Path | None, typer.Option(help="Folder with the images that the annotations name.")]
 Out = Annotated[Path, typer.Option(help="Records file (.jsonl) to write or resume; settings go beside it.")]
 Seed = Annotated[int, typer.Option(help="Seed of the image draw.")]

@@ -22,7 +22,7 @@ Place = Literal["encoder", "decoder"]
 class Intervention(ABC):
     """Base of every method. Subclasses are frozen dataclasses whose fields are the paper's hyper-parameters.
 
-    `method(model)` is a context manager whose target is a `Trace`; leaving it, also by an exception, removes every hook.
+    `method(model)` is a context manager whose target is a `Trace`; leaving it, by an exception too, removes every hook.
     """
 
     place: ClassVar[Place]
@@ -46,18 +46,19 @@ class Handle:
     def __init__(self, model: nn.Module, intervention: Intervention) -> None:
         self.model, self.intervention, self.trace = model, intervention, Trace()
         self._session: Session | None = None
+        self._members: list[Intervention] = []
         self._hooks = HookSet()
 
     def attach(self) -> Handle:
         if self._session is not None:
             raise InputError("handle: it is attached already; call detach() first, or make another one")
         session = session_of(self.model, adapter_for)
-        parts = self.intervention._parts()
         self._session = session
         try:
-            for part in parts:
+            for part in self.intervention._parts():
                 refuse_conflicts(part, session.members)
                 session.members.append(part)
+                self._members.append(part)
                 part._attach(session, self._hooks, self.trace)
             session.traces.append(self.trace)
         except BaseException:
@@ -71,8 +72,10 @@ class Handle:
         if session is None:
             return
         self._hooks.remove()
-        mine = {id(part) for part in self.intervention._parts()}
-        session.members = [member for member in session.members if id(member) not in mine]
+        while self._members:
+            # By identity and once each: another handle may have attached an equal one, or this very one.
+            mine = self._members.pop()
+            del session.members[next(i for i, member in enumerate(session.members) if member is mine)]
         session.traces = [trace for trace in session.traces if trace is not self.trace]
         if not any(member.selects_features for member in session.members):
             session.drops_features = False
@@ -129,7 +132,7 @@ def compose(*interventions: Intervention) -> Intervention:
 
 
 def attach(model: nn.Module, intervention: Intervention) -> Handle:
-    """Attach without a context: `handle = attach(model, FlowCut(keep=64)); ...; handle.detach()`; see `handle.trace`."""
+    """Attach without a context: `handle = attach(model, FlowCut(keep=64))`, `handle.trace`, `handle.detach()`."""
     if not isinstance(intervention, Intervention):
         raise InputError(f"intervention: got {intervention!r}; give an instance such as FlowCut(keep=64)")
     return Handle(model, intervention).attach()

@@ -50,7 +50,7 @@ def flowcut_score(
     attention = cls_attention.to(dtype).mean(1)[:, 1:]  # [B, P]
     mean_value = v.mean(1)  # [B, 1 + P, D]: heads are averaged first, then the norm is taken
     if semantic == "softmax":
-        logits = (v[:, :, :1] * v).sum(-1)  # [B, H, 1 + P], no 1 / sqrt(D)
+        logits = (v @ v[:, :, 0, :, None]).squeeze(-1)  # [B, H, 1 + P], no 1 / sqrt(D)
         if alive is not None:
             dead = F.pad(~alive, (1, 0))[:, None]
             logits = logits.masked_fill(dead, -torch.inf)
@@ -123,10 +123,10 @@ class _Flow:
 class FlowCut(VisualPruner):
     """FlowCut for LLaVA with a CLIP tower.
 
-    "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models", arXiv 2505.19536. In each
-    encoder layer up to the one before the feature layer, patches are scored by (CLS attention + value similarity to
-    CLS) x L1 norm of the value, scores are averaged over layers, and every second layer drops patches; the last pruning
-    lands on `keep`. Scoring computes the CLS row alone, so layers stay on sdpa or flash attention.
+    "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models", arXiv 2505.19536. In
+    each encoder layer up to the one before the feature layer, patches are scored by (CLS attention + value similarity
+    to CLS) x L1 norm of the value, scores are averaged over layers, and every second layer drops patches; the last
+    pruning lands on `keep`. Scoring computes the CLS row alone, so layers stay on sdpa or flash attention.
 
     keep: visual tokens per image that reach the decoder (the paper: 192, 128 or 64 of 576).
     positions: see `VisualPruner`.
@@ -176,6 +176,8 @@ class FlowCut(VisualPruner):
         def choose(features: torch.Tensor) -> torch.Tensor:
             if target == adapter.patches:
                 return torch.arange(target, device=features.device).expand(features.shape[0], -1)
+            # Moved at once, at the end: a copy per pruning would make a GPU wait for each.
+            trace.kept_by_layer = {layer: ids.cpu() for layer, ids in trace.kept_by_layer.items()}
             return state.pop("flow").ids
 
         return choose
@@ -210,13 +212,15 @@ class FlowCut(VisualPruner):
             flow.average = running_average(flow.average, score)
             if remaining % 2:
                 return None
-            alive = flow.alive.sum(-1) if flow.alive is not None else attention.new_full((batch,), patches).long()
+            if flow.alive is not None:
+                alive, flow.average = flow.alive.sum(-1), flow.average.masked_fill(~flow.alive, -torch.inf)
+            else:
+                alive = torch.full((batch,), patches, device=hidden.device)
             drop = adaptive_count(attention, alive, target, remaining)
             if self.count == "batch_max":
-                drop = drop.max().expand(batch)
-            if flow.alive is not None:
-                flow.average = flow.average.masked_fill(~flow.alive, -torch.inf)
-            chosen, flow.alive = select(flow.average, alive - drop)
+                chosen = ops.select_tokens(flow.average, patches - int(drop.max()))[0]
+            else:
+                chosen, flow.alive = select(flow.average, alive - drop)
             flow.average, flow.ids = flow.average.gather(1, chosen), flow.ids.gather(1, chosen)
             trace.kept_by_layer[index] = _padded(flow.ids, flow.alive)
             patch_rows = hidden[:, 1:].gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -245,9 +249,9 @@ def _mask_filler(state: dict[str, _Flow]) -> Any:
 
 
 def _padded(ids: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
-    """Kept ids on the CPU; filler becomes -1 at the end of its row."""
+    """Kept ids; filler becomes -1 at the end of its row."""
     if alive is None:
-        return ids.cpu()
+        return ids
     big = torch.iinfo(ids.dtype).max
     ordered = ids.masked_fill(~alive, big).sort(-1).values
-    return ordered.masked_fill(ordered == big, -1).cpu()
+    return ordered.masked_fill(ordered == big, -1)

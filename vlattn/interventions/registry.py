@@ -32,6 +32,8 @@ def parse_method(text: str) -> Intervention | None:
 
 def _parse_one(text: str) -> Intervention:
     name, _, settings = text.partition(":")
+    if name == "vanilla":
+        raise InputError("method: vanilla is the model as it is; it takes no settings and joins no other method")
     if name not in METHODS:
         raise InputError(f"method: {name!r} is unknown; known: vanilla, {', '.join(sorted(METHODS))}")
     cls = METHODS[name]
@@ -41,7 +43,10 @@ def _parse_one(text: str) -> Intervention:
         key, equals, value = pair.partition("=")
         if not equals or key.strip() not in fields:
             raise InputError(f"method: {pair!r} is no setting of {name}; write field=value with {', '.join(fields)}")
-        given[key.strip()] = yaml.safe_load(value)
+        try:
+            given[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"method: cannot read the value in {pair!r}; write a number or a word") from None
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
     if missing:
         raise InputError(f"method: {name} needs {', '.join(missing)}; write {name}:{missing[0]}=VALUE")

@@ -14,7 +14,7 @@ from vlattn.runtime.tokens import VisualTokens
 
 
 class Adapter(ABC):
-    """One model, seen through the parts that methods attach to. Subclass it for a family and `register` the subclass."""
+    """One model, seen through the parts that methods attach to. For a new family subclass it and `register` that."""
 
     model_types: tuple[str, ...] = ()
     """The `config.model_type` values this family answers to."""

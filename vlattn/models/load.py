@@ -49,6 +49,8 @@ def load(
         dtype = getattr(torch, dtype)
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"model: the folder {path!r} holds no config.json; give one that save_pretrained wrote")
     shared = {k: kwargs[k] for k in ("revision", "token", "trust_remote_code", "cache_dir") if k in kwargs}
     try:
         processor = AutoProcessor.from_pretrained(path, **shared)

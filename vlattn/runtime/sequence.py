@@ -1,7 +1,7 @@
 """Sequence editing at place 0: drop prompt positions before the decoder, and keep every later step consistent.
 
-The cache then simply holds shorter layers. The user's input_ids never change, so each decode step arrives with masks and
-positions of the full prompt and is rewritten from what the prefill stored.
+The cache then simply holds shorter layers. The user's input_ids never change, so each decode step arrives with masks
+and positions of the full prompt and is rewritten from what the prefill stored.
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ Positions = Literal["compact", "preserve"]
 
 @dataclass(frozen=True)
 class ShortPrompt:
-    """A prefill after the drop. mask: bool [B, N], False on left padding; dropped: int64 [B]; full: length before."""
+    """A prefill after the drop.
+
+    mask: bool [B, N], False on left padding.
+    dropped: int64 [B], positions that left.
+    full: length before.
+    end: int64 [B], the first position id after the full prompt.
+    """
 
     mask: torch.Tensor
     dropped: torch.Tensor
     full: int
+    end: torch.Tensor
 
 
 def shorten_prompt(
@@ -41,11 +48,7 @@ def shorten_prompt(
     """
     embeds, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
     batch, full = drop.shape
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-        raise InputError(
-            "attention_mask: dropping visual tokens needs a 2-D mask [B, T]; got a prepared mask, "
-            "as static caches and hand-made 4-D masks give. Use the default dynamic cache and a 2-D mask"
-        )
+    _refuse_prepared_mask(mask)
     valid = torch.ones_like(drop) if mask is None else mask.bool()
     keep = valid & ~drop
     lengths = keep.sum(1)
@@ -57,9 +60,11 @@ def shorten_prompt(
     new = dict(arguments)
     gathered = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
     new["inputs_embeds"] = gathered.masked_fill(~alive[..., None], 0)
-    if mask is not None or not alive.all():
+    # Without a mask, transformers would take the gaps that `preserve` leaves for the seams of packed sequences.
+    if mask is not None or positions == "preserve" or not alive.all():
         new["attention_mask"] = alive.to(torch.long if mask is None else mask.dtype)
     ids = arguments.get("position_ids")
+    end = valid.sum(1) if ids is None else ids[:, -1].expand(batch) + 1
     if ids is None and positions == "preserve":
         ids = torch.arange(full, device=drop.device)[None]
     if ids is not None:
@@ -67,7 +72,15 @@ def shorten_prompt(
         if positions == "compact":
             ids = ids - (drop & valid).cumsum(1)
         new["position_ids"] = ids.gather(1, index).clamp(min=0)
-    return new, ShortPrompt(alive, (drop & valid).sum(1), full)
+    return new, ShortPrompt(alive, (drop & valid).sum(1), full, end)
+
+
+def _refuse_prepared_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+        raise InputError(
+            "attention_mask: dropping visual tokens needs a 2-D mask [B, T]; got a prepared mask, "
+            "as static caches and hand-made 4-D masks give. Use the default dynamic cache and a 2-D mask"
+        )
 
 
 def shorten_step(arguments: dict[str, Any], prompt: ShortPrompt, positions: Positions) -> dict[str, Any]:
@@ -81,9 +94,10 @@ def shorten_step(arguments: dict[str, Any], prompt: ShortPrompt, positions: Posi
             f"(batch {prompt.mask.shape[0]}, {kept} kept positions); start each generation with an empty cache"
         )
     new, mask = dict(arguments), arguments.get("attention_mask")
+    _refuse_prepared_mask(mask)
     length = prompt.full + generated + new_tokens
     if mask is not None:
-        if mask.ndim != 2 or mask.shape[1] != length:
+        if mask.shape[1] != length:
             raise InputError(
                 f"attention_mask: expected [{batch}, {length}] for the full prompt and what was generated, "
                 f"got {list(mask.shape)}; pass the unpruned prompt's mask, grown by one column a step"
@@ -93,6 +107,11 @@ def shorten_step(arguments: dict[str, Any], prompt: ShortPrompt, positions: Posi
         seen = prompt.mask.new_ones(batch, generated + new_tokens)
         new["attention_mask"] = torch.cat([prompt.mask, seen], 1).long()
     ids = arguments.get("position_ids")
+    if ids is not None and new_tokens > 1 and bool((ids[:, 0] < prompt.end + generated).any()):
+        raise InputError(
+            "cache: this step repeats positions that are cached already, as generate does when it is given the cache of "
+            "a pruned prompt together with the whole sequence; start each generation with an empty cache"
+        )
     if ids is not None and positions == "compact":
         new["position_ids"] = ids - prompt.dropped[:, None]
     elif ids is None and positions == "preserve":

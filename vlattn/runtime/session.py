@@ -50,7 +50,7 @@ class Session:
                 "attention_mask: the prompts are padded on the right; "
                 "set processor.tokenizer.padding_side = 'left' and prepare them again"
             )
-        if not bool((self.visual.mask.any())):
+        if not bool(self.visual.mask.any()):
             raise InputError(
                 f"input_ids: the prompt has no visual tokens (placeholder id {self.adapter.image_token_id}); "
                 "give an image, or leave the context for text-only prompts"
@@ -60,38 +60,50 @@ class Session:
         """Before the language model: drop the placeholders whose feature was pruned (they arrive as NaN)."""
         call = as_keywords(module, args, kwargs)
         if cached_length(call):
+            self._refuse_late_images(call)
             return None if self._short is None else ((), shorten_step(call, self._short, self.positions))
         if self.visual is None or call.get("inputs_embeds") is None:
             return None
         # NaN marks a dropped feature: the mark travels with the data through beams, expansion and reordering.
         drop = self.visual.mask & call["inputs_embeds"][..., 0].isnan()
-        if self.drops_features and not bool(drop.any()):
+        drops = bool(drop.any())
+        if self.drops_features and not drops:
             raise InputError(
                 "pixel_values: the image features were computed outside this context, so they are not pruned; "
                 "give pixel_values (not precomputed features) inside the context"
             )
-        full = self.visual.mask.shape[1]
-        valid = call.get("attention_mask")
+        valid, new = call.get("attention_mask"), None
+        full = int(valid.sum(-1).max()) if isinstance(valid, torch.Tensor) and valid.ndim == 2 else drop.shape[1]
+        if drops:
+            new, self._short = shorten_prompt(call, drop, self.positions)
         for trace in self.traces:
-            trace.prompt_length = full if not isinstance(valid, torch.Tensor) else int(valid.sum(-1).max())
-            trace.kept_length = trace.prompt_length
-        if not bool(drop.any()):
-            return None
-        new, self._short = shorten_prompt(call, drop, self.positions)
-        for trace in self.traces:
-            trace.kept_length = int(self._short.mask.sum(1).max())
-        return (), new
+            trace.prompt_length = full
+            trace.kept_length = full if new is None else new["inputs_embeds"].shape[1]
+        return None if new is None else ((), new)
+
+    def _refuse_late_images(self, call: dict[str, Any]) -> None:
+        """A prompt in pieces: features after cached positions would reach the decoder with their NaN marks."""
+        embeds = call.get("inputs_embeds")
+        if self.drops_features and embeds is not None and embeds.shape[1] > 1 and bool(embeds[..., 0].isnan().any()):
+            raise InputError(
+                "cache: an image comes after positions that are cached already, where its tokens cannot be dropped; "
+                "give the whole prompt at once with an empty cache"
+            )
 
 
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+# By multimodal module, so that a model and the same model without its head share one. The hooks on the model keep a
+# session alive; held strongly here, it would keep the model alive too.
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
 def session_of(model: nn.Module, make_adapter: Callable[[nn.Module], Adapter]) -> Session:
     """The session of a model, opened on first use."""
-    session = _SESSIONS.get(model)
+    adapter = make_adapter(model)
+    known = _SESSIONS.get(adapter.multimodal)
+    session = known() if known is not None else None
     if session is None:
-        session = Session(model, make_adapter(model))
-        _SESSIONS[model] = session
+        session = Session(model, adapter)
+        _SESSIONS[adapter.multimodal] = weakref.ref(session)
     return session
 
 
@@ -99,4 +111,4 @@ def close_if_empty(session: Session) -> None:
     """Close a session that nobody uses any more."""
     if not session.members:
         session.close()
-        _SESSIONS.pop(session.model, None)
+        _SESSIONS.pop(session.adapter.multimodal, None)

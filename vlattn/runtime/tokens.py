@@ -34,8 +34,7 @@ class VisualTokens:
                 f"input_ids: {total} visual placeholders do not divide into images of {per_image} features; "
                 "prepare the prompt with this model's own processor"
             )
-        order = torch.full_like(mask, -1, dtype=torch.long)
-        order[mask] = torch.arange(total, device=mask.device)
+        order = mask.flatten().cumsum(0).view_as(mask) - 1
         image = torch.where(mask, order.div(per_image, rounding_mode="floor"), -1)
         patch = torch.where(mask, order % per_image - leading, -1).clamp(min=-1)
         return cls(mask, image, patch, grid)
