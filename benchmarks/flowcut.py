@@ -48,7 +48,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 
 import vlattn
 from vlattn.eval.model_cost import cache_bytes, model_cost
-from vlattn.models.adapter import adapter_for
+from vlattn.models.registry import adapter_for
 from vlattn.ops import query_row_attention
 from vlattn.runtime.machine import describe_machine
 from vlattn.runtime.timing import Spread, Timing, interleave

@@ -27,8 +27,8 @@ from vlattn.eval.report import score_file
 from vlattn.eval.run import run_items
 from vlattn.interventions.base import attach
 from vlattn.interventions.registry import parse_method
-from vlattn.models.adapter import adapter_for
 from vlattn.models.load import load
+from vlattn.models.registry import adapter_for
 from vlattn.runtime.hooks import cache_of
 from vlattn.runtime.timing import interleave
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from vlattn.errors import InputError
 from vlattn.eval.cost import cost_ratio, decoder_macs, encoder_macs, flops, paper_flops
-from vlattn.models.adapter import Adapter, adapter_for
+from vlattn.models.adapter import Adapter
+from vlattn.models.registry import adapter_for
 from vlattn.runtime.trace import Trace
 
 

@@ -624,7 +624,7 @@ def test_generating_on_from_a_pruned_cache_with_the_whole_sequence_is_refused(
         more = torch.full((len(images), 6), 5)
         ids = torch.cat([first.sequences, more[:, :3]], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
-        with pytest.raises(InputError, match="start each generation with an empty cache|unpruned prompt's mask"):
+        with pytest.raises(InputError, match=r"start each generation with an empty cache|unpruned prompt's mask"):
             model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, **{tiny.CACHE: first[tiny.CACHE]})
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from vlattn.errors import InputError
-from vlattn.models.adapter import adapter_for
+from vlattn.models.registry import adapter_for
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.session import Session, close_if_empty, session_of
 from vlattn.runtime.trace import Trace

@@ -1,4 +1,4 @@
-"""What vlattn needs to know about a model family, and the registry of families."""
+"""What vlattn needs to know about a model family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlattn.runtime.tokens import VisualTokens
 
 
 class Adapter(ABC):
-    """One model, seen through the parts that methods attach to. For a new family subclass it and `register` that."""
+    """One model, seen through the parts that methods attach to. For a new family subclass it and register that."""
 
     model_types: tuple[str, ...] = ()
     """The `config.model_type` values this family answers to."""
@@ -94,32 +94,3 @@ class Adapter(ABC):
         else:
             raise InputError("input_ids: got neither input_ids nor inputs_embeds; give one of them")
         return VisualTokens.from_placeholders(mask, self.grid, leading=int(self.cls_in_features))
-
-
-_FAMILIES: dict[str, type[Adapter]] = {}
-
-
-def register(family: type[Adapter]) -> type[Adapter]:
-    """Class decorator: make a family known by its `model_types`."""
-    for name in family.model_types:
-        _FAMILIES[name] = family
-    return family
-
-
-def families() -> tuple[str, ...]:
-    """The model types that have an adapter."""
-    import vlattn.models.llava  # noqa: F401  (registers itself)
-
-    return tuple(sorted(_FAMILIES))
-
-
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a live model, chosen by its config's model_type."""
-    known = families()
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in known:
-        raise InputError(
-            f"model: no adapter for {type(model).__name__} (model_type {model_type!r}); known: {', '.join(known)}. "
-            "Subclass vlattn.models.adapter.Adapter and decorate it with vlattn.models.adapter.register"
-        )
-    return _FAMILIES[model_type](model)

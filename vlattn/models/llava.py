@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlattn.errors import InputError
-from vlattn.models.adapter import Adapter, register
+from vlattn.models.adapter import Adapter
 
 
-@register
 class LlavaAdapter(Adapter):
     model_types = ("llava",)
 

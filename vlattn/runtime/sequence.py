@@ -109,8 +109,8 @@ def shorten_step(arguments: dict[str, Any], prompt: ShortPrompt, positions: Posi
     ids = arguments.get("position_ids")
     if ids is not None and new_tokens > 1 and bool((ids[:, 0] < prompt.end + generated).any()):
         raise InputError(
-            "cache: this step repeats positions that are cached already, as generate does when it is given the cache of "
-            "a pruned prompt together with the whole sequence; start each generation with an empty cache"
+            "cache: this step repeats positions that are cached already, as generate does when it is given the cache "
+            "of a pruned prompt together with the whole sequence; start each generation with an empty cache"
         )
     if ids is not None and positions == "compact":
         new["position_ids"] = ids - prompt.dropped[:, None]
