@@ -30,7 +30,6 @@ DETAIL_PROMPTS = (
     "Please help me describe the image in detail.",
 )
 ONE_WORD = "Answer the question using a single word or phrase."
-COLOR_PROMPT = "What color is the background?"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -87,7 +86,7 @@ def detailed_caption(scene: Scene) -> str:
     for name, members in grouped(scene):
         where = f" {position(members[0])}" if len(members) == 1 else ""
         parts.append(phrase(name, len(members)) + where)
-    return f"The image shows {listing(parts)}. The background is {scene.background}."
+    return f"The image shows {listing(parts)}."
 
 
 def yes_no_question(name: str) -> str:
@@ -112,17 +111,15 @@ def yes_no_turns(rng: np.random.Generator, scene: Scene, n: int) -> list[tuple[s
 
 
 def other_turns(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
-    """One counting question, one question of place or colour, a short caption and a detailed one."""
+    """A count, a place where an object is the only one of its kind, a short caption and a detailed one."""
     counts = Counter(o.category for o in scene.objects)
     present = list(counts)
     category = present[rng.integers(len(present))] if rng.random() < 0.85 else int(rng.integers(len(NAMES)))
     turns = [(f"How many {plural(NAMES[category])} are in the image?", NUMBERS[counts.get(category, 0)])]
     single = [o for o in scene.objects if counts[o.category] == 1]
-    if single and rng.random() < 0.7:
+    if single:
         placed = single[rng.integers(len(single))]
         turns.append((f"Where is the {NAMES[placed.category]}?", position(placed)))
-    else:
-        turns.append((COLOR_PROMPT, scene.background))
     turns.append((SHORT_PROMPTS[rng.integers(len(SHORT_PROMPTS))], short_caption(scene)))
     turns.append((DETAIL_PROMPTS[rng.integers(len(DETAIL_PROMPTS))], detailed_caption(scene)))
     return turns
@@ -155,7 +152,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
     )
-    texts = [*SHORT_PROMPTS, *DETAIL_PROMPTS, ONE_WORD, COLOR_PROMPT, "The image shows, and. The background is"]
+    texts = [*SHORT_PROMPTS, *DETAIL_PROMPTS, ONE_WORD, "What color is the background?"]
+    texts += ["The image shows, and. The background is"]
     texts += [*NAMES, *(plural(name) for name in NAMES), *NUMBERS, *POSITIONS, *BACKGROUNDS, *GENERAL_WORDS]
     texts += ["How many are in the image? Where is the? Is there an in the image? USER: ASSISTANT:"]
     pieces = [p for text in texts for p, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]

@@ -2,7 +2,7 @@
 
 Language-model loss alone learns the captions' form and answers yes to everything. What makes it see: an alignment loss
 (each projected patch against the mean word embedding of its category), a presence loss (a throw-away linear head
-reads, at the object's last word, whether the object is there), and a larger weight on yes and no.
+reads, at the object's last word, whether the object is there), and larger weights on yes, no and object names.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def train_decoder(
     first = load_checkpoint(path, trained, optimiser)
     packer = Packer(tokenizer)
     names = [torch.tensor(packer.encode(name), device=device) for name in NAMES]
+    objects = torch.cat(names).unique()
     start = packer.prefix.index(packer.prefix[-1])
 
     def forward(features: torch.Tensor, ids: torch.Tensor, position: torch.Tensor, mask: torch.Tensor) -> tuple:
@@ -166,7 +167,7 @@ def train_decoder(
         target = data["labels"][row, at + 1]
         logits = hidden[row, at].float() @ table.T
         yes_no = (target == packer.yes) | (target == packer.no)
-        weight = torch.where(yes_no, 4.0, 1.0)
+        weight = torch.where(yes_no, 4.0, torch.where(torch.isin(target, objects), 3.0, 1.0))
         loss_lm = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
 
         words = torch.stack([table[n].mean(0) for n in names] + [aids.background])

@@ -189,7 +189,7 @@ def seed_of(method: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_prompts_of_one_length_with_different_numbers_of_images_need_no_mask(
-    llava: Any, prompts: Any, short: Any, masked: bool
+    llava: Any, tiny: ModuleType, prompts: Any, short: Any, masked: bool
 ) -> None:
     model, method = llava(), UNIFORM
     inputs = prompts(model, images=(1, 2), text=3)
@@ -200,6 +200,11 @@ def test_prompts_of_one_length_with_different_numbers_of_images_need_no_mask(
     if not masked:
         del inputs["attention_mask"]
     same_logits(run(model, method, inputs).logits, run_inside(model, stock), stock["attention_mask"], 1e-10)
+    expected = decode(model, tiny, stock, 3, None)
+    with method(model):
+        found = decode(model, tiny, inputs, 3, None)
+    for step, reference in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(step, reference, rtol=1e-10, atol=1e-10)
 
 
 @METHODS
