@@ -75,8 +75,10 @@ def test_v1_keeps_the_published_patches_with_the_published_counts(
 ) -> None:
     model = v1(dtype=dtype, attn=attn)
     feed(model, 2 * formula(7777, 2, 37, 16)[images])
+    inputs = tiny.prompts(model, images=[len(images)])
+    with torch.no_grad():
+        model(**inputs)  # transformers' own recording hooks are there before ours
     with torch.no_grad(), vlattn.FlowCut(keep=9, count=count)(model) as trace:
-        inputs = tiny.prompts(model, images=[len(images)])
         out = model(**inputs, output_hidden_states=True)
     assert trace.kept.tolist() == [V1_KEPT[i] for i in images]
     assert {layer: ids.shape[1] for layer, ids in trace.kept_by_layer.items()} == {1: 24, 3: 14, 5: 9}

@@ -664,3 +664,12 @@ def test_an_unknown_family_is_refused_with_the_known_ones(llava: Any) -> None:
     assert "Linear" in str(caught.value)
     with pytest.raises(InputError, match="model_type 'llama'"):
         vlattn.attach(llava().model.language_model, FLOWCUT)
+
+
+def test_labels_of_the_full_prompt_are_refused_while_features_are_dropped(llava: Any, prompts: Any) -> None:
+    model = llava()
+    inputs = prompts(model)
+    with FLOWCUT(model), pytest.raises(InputError, match="labels"):
+        model(**inputs, labels=inputs["input_ids"])
+    with vlattn.FlowCut(keep=36)(model):
+        assert model(**inputs, labels=inputs["input_ids"]).loss.isfinite()

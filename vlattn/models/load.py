@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -62,6 +62,6 @@ def load(
             'Give "tiny", a local folder, or a hub id on a machine that is online or has it in its cache'
         ) from error
     if device is not None:
-        torch.nn.Module.to(model, device)
+        cast(Any, model).to(device)  # in place; transformers' wrapper of `to` hides its arguments from type checkers
     processor.tokenizer.padding_side = "left"
     return model.eval(), processor

@@ -31,11 +31,19 @@ class Session:
         self.drops_features = False
         self._short: ShortPrompt | None = None
         self._hooks = HookSet()
+        self._hooks.before(model, self._refuse_labels)
         self._hooks.before(adapter.multimodal, self._read_prompt)
         self._hooks.before(adapter.language_model, self._edit_sequence)
 
     def close(self) -> None:
         self._hooks.remove()
+
+    def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.drops_features and as_keywords(module, args, kwargs).get("labels") is not None:
+            raise InputError(
+                "labels: they count the full prompt, and the logits of a pruned one are fewer; "
+                "leave labels out and take the loss over the last positions of the logits yourself"
+            )
 
     def _read_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the multimodal forward: a prefill forgets the last prompt and finds the visual tokens of this one."""
