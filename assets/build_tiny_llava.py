@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/tiny_llava"), help="checkpoints are kept here")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny_llava"))
     parser.add_argument("--tower-steps", type=int, default=2400)
-    parser.add_argument("--decoder-steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="torch.compile both stages: 15% faster on a CPU")

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlattn.assets.language import other_turns, yes_no_turns
 from vlattn.assets.scenes import NAMES, SIZE, Scene, draw_scene
-from vlattn.assets.train_tower import PATCH, patch_labels, pixels
+from vlattn.assets.train_tower import PATCH, K, patch_labels, pixels
 from vlattn.assets.training import Log, Optimiser, learning_rate_factor, load_checkpoint, save_checkpoint, step_rng
 
 BATCH = 32
@@ -60,6 +60,21 @@ def new_model(tower: nn.Module, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
     return model
 
 
+def kept_patches(rng: np.random.Generator, labels: torch.Tensor) -> torch.Tensor:
+    """Which patches the decoder sees, bool [B, patches]: all of them in half of the rows, fewer in the others.
+
+    So that it can answer from any number of visual tokens, of objects and of background in any proportion: a decoder
+    that has only ever seen mostly background takes a short list of object patches for more objects than there are.
+    """
+    batch, patches = labels.shape
+    keep = torch.from_numpy(rng.integers(patches // 12, patches, batch))
+    keep[torch.from_numpy(rng.random(batch) < 0.5)] = patches
+    bias = torch.from_numpy(rng.random((batch, 1)) * 1.5)
+    score = torch.from_numpy(rng.random((batch, patches))) + bias * (labels < K)
+    rank = score.argsort(1, descending=True).argsort(1)
+    return rank < keep[:, None]
+
+
 class Packer:
     """Turns scenes into packed rows whose turns see the image and themselves, never each other."""
 
@@ -95,16 +110,24 @@ class Packer:
         short = LENGTH - len(ids)
         return ids + [self.pad] * short, labels + [-100] * short, segment + [-1] * short, position + [0] * short, probes
 
-    def batch(self, rng: np.random.Generator, scenes: list[Scene], chained: bool) -> dict[str, torch.Tensor]:
-        """Tensors of a batch; `chained` lets each turn see the earlier ones, as in a real dialogue."""
+    def batch(
+        self, rng: np.random.Generator, scenes: list[Scene], kept: torch.Tensor, chained: bool
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of a batch; `chained` lets each turn see the earlier ones, as in a real dialogue.
+
+        Patches that are not `kept` are masked, and positions count only what is kept.
+        """
         rows = [self.row(rng, scene) for scene in scenes]
         ids, labels, segment, position = (torch.tensor([r[i] for r in rows]) for i in range(4))
         probes = torch.tensor([(b, t, y) for b, r in enumerate(rows) for t, y in r[4]])
         if chained:
             position = torch.arange(LENGTH).expand_as(ids)
             segment = segment.clamp(max=1)
+        dropped = torch.zeros(ids.shape, dtype=torch.bool)
+        dropped[:, self.prefix.index(self.prefix[-1]) : len(self.prefix)] = ~kept
+        position = (position - dropped.cumsum(1)).clamp(min=0)
         same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-        allowed = same & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        allowed = same & ~dropped[:, None] & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
         return {"ids": ids, "labels": labels, "position": position, "allowed": allowed[:, None], "probes": probes}
 
 
@@ -154,7 +177,9 @@ def train_decoder(
     for step in range(first, steps):
         rng = step_rng(seed, 2, step)
         scenes = [draw_scene(rng, sprites) for _ in range(BATCH)]
-        data = {k: v.to(device) for k, v in packer.batch(rng, scenes, chained=step % 8 == 7).items()}
+        patches = patch_labels(scenes)
+        packed = packer.batch(rng, scenes, kept_patches(rng, patches), chained=step % 8 == 7)
+        data = {k: v.to(device) for k, v in packed.items()}
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             features = see(pixels(scenes).to(device), output_hidden_states=True).hidden_states[-2][:, 1:]
         mask = torch.zeros(data["allowed"].shape, dtype=torch.bfloat16, device=device).masked_fill(
@@ -172,7 +197,7 @@ def train_decoder(
 
         words = torch.stack([table[n].mean(0) for n in names] + [aids.background])
         cosine = F.normalize(visual.float(), dim=-1) @ F.normalize(words, dim=-1).T * aids.scale.exp()
-        loss_align = F.cross_entropy(cosine.transpose(1, 2), patch_labels(scenes).to(device))
+        loss_align = F.cross_entropy(cosine.transpose(1, 2), patches.to(device))
 
         b, t, there = data["probes"].T
         seen = aids["presence"](hidden[b.long(), t.long()].float()).squeeze(-1)
