@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +40,15 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
     }
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A checksum of the start of every parameter: records of other weights under the same name are not mixed."""
+    checksum = 0
+    for parameter in model.parameters():
+        start = parameter.detach().flatten()[:256].float().cpu()
+        checksum = zlib.crc32(start.numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 def read_image(path: Path) -> Image.Image:

@@ -103,6 +103,7 @@ class Demo:
                     out=self.records(task, arm),
                     batch_size=self.config["batch_size"],
                     max_new_tokens=self.config["max_new_tokens"],
+                    settings={"model": self.config["model"]},
                     advance=lambda n: step("", n),
                 )
         step("timing, arms interleaved", 0)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlattn.eval.answer import OnError, answer_items, environment
+from vlattn.eval.answer import OnError, answer_items, environment, fingerprint
 from vlattn.eval.items import Item
 from vlattn.eval.records import RecordWriter
 from vlattn.interventions.registry import parse_method
@@ -35,13 +35,15 @@ def run_items(
 ) -> None:
     """Answer `items` under `method` ("vanilla", "flowcut:keep=64", ...) into the records file `out`.
 
-    A file that an earlier, interrupted run left is completed if the run was the same, and refused otherwise.
+    A file that an earlier, interrupted run left is completed if the run was the same, and refused otherwise. `settings`
+    are recorded and compared too; `model` among them is the name by which the model was asked for.
     """
     intervention = parse_method(method)
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(i) for i in items], sort_keys=True).encode()).hexdigest()
     run_info = {
         "task": task,
         "model": str(model.config._name_or_path),
+        "weights": fingerprint(model),
         "method": repr(intervention) if intervention is not None else "vanilla",
         "items": len(items),
         "items_sha256": digest,

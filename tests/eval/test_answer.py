@@ -81,6 +81,16 @@ def test_a_finished_run_is_not_continued_under_another_method(tiny, items, tmp_p
         ask(tiny, items[:5], tmp_path / "a.jsonl", method="random:keep=36")
 
 
+def test_a_finished_run_is_not_continued_with_other_weights_under_the_same_name(tiny, items, tmp_path):
+    import copy
+
+    ask(tiny, items[:5], tmp_path / "a.jsonl")
+    other = copy.deepcopy(tiny[0])
+    other.model.multi_modal_projector.linear_2.bias.data += 1
+    with pytest.raises(InputError, match="weights"):
+        ask((other, tiny[1]), items[:5], tmp_path / "a.jsonl")
+
+
 def test_a_method_changes_what_reaches_the_decoder_and_is_named_in_the_sidecar(tiny, items, tmp_path):
     ask(tiny, items[:5], tmp_path / "a.jsonl", method="flowcut:keep=9")
     settings = json.loads(sidecar_path(tmp_path / "a.jsonl").read_text())["settings"]

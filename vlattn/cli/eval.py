@@ -46,6 +46,7 @@ def _run(task: str, items: list[Any], model: str, dtype: str, device: str | None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(f"{task} {run['method']}", total=len(items))
+        run["settings"] = {"model": model, **run["settings"]}
         run_items(loaded, processor, items, task=task, advance=lambda n: progress.advance(bar, n), **run)
 
 
