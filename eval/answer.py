@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from vlattn.errors import InputError
 from vlattn.eval.items import Item
 from vlattn.eval.records import Record, RecordWriter
 from vlattn.eval.report import versions
+from vlattn.runtime.machine import cpu_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -34,7 +34,7 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
         **versions(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu",
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
