@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import CLIPImageProcessor, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -43,7 +44,8 @@ def write(model: LlavaForConditionalGeneration, out: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.to(torch.bfloat16).save_pretrained(out)
+    cast(Any, model).to(torch.bfloat16)
+    model.save_pretrained(out)
     processor.save_pretrained(out)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ IMAGE_TOKENS = (SIZE // PATCH) ** 2
 LENGTH = 288
 """Tokens in a packed row: the image prefix, then as many independent turns as fit."""
 
-DECODER = {
+DECODER: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 448,
     "num_hidden_layers": 6,
@@ -37,7 +38,7 @@ DECODER = {
 }
 
 
-def new_model(tower: nn.Module, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def new_model(tower: Any, tokenizer: Any) -> LlavaForConditionalGeneration:
     """An untrained LLaVA around the trained tower."""
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -133,7 +134,7 @@ class Packer:
 
 def train_decoder(
     work: Path,
-    tower: nn.Module,
+    tower: Any,
     tokenizer: PreTrainedTokenizerFast,
     sprites: list,
     steps: int,
@@ -144,7 +145,8 @@ def train_decoder(
 ) -> LlavaForConditionalGeneration:
     """Train (or go on training) projector and decoder for `steps` steps of 32 fresh scenes; the tower stays frozen."""
     torch.manual_seed(seed + 1)
-    model = new_model(tower, tokenizer).to(device)
+    model: Any = new_model(tower, tokenizer)
+    model.to(device)
     vision, projector, language = (
         model.model.vision_tower,
         model.model.multi_modal_projector,

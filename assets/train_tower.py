@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ PATCH, MEAN, STD = 8, 0.5, 0.25
 K = len(NAMES)
 BATCH = 64
 
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 8,
@@ -64,13 +65,14 @@ def train_tower(
     """Train (or go on training) for `steps` steps of 64 fresh scenes; returns the tower on the CPU."""
     torch.manual_seed(seed)
     # Attention by plain matrix products: on a CPU the fused kernel's backward pass takes half of the step.
-    tower = CLIPVisionModel(CLIPVisionConfig(**TOWER, attn_implementation="eager"))
+    tower = CLIPVisionModel(CLIPVisionConfig(**(TOWER | {"attn_implementation": "eager"})))
     width = tower.config.hidden_size
-    table = tower.get_submodule("embeddings").position_embedding.weight
+    embeddings: Any = tower.get_submodule("embeddings")
+    table = embeddings.position_embedding.weight
     with torch.no_grad():
         table[1:] = 0.3 * sincos_positions(SIZE // PATCH, width)
     heads = {"patch": nn.Linear(width, K + 1), "cls": nn.Linear(width, K), "pooled": nn.Linear(width, K)}
-    net = nn.ModuleDict({"tower": tower, **heads}).to(device)
+    net: Any = nn.ModuleDict({"tower": tower, **heads}).to(device)
     optimiser = Optimiser(net, lr=1.5e-3)
     path = work / "tower.pt"
     first = load_checkpoint(path, net, optimiser)

@@ -64,7 +64,7 @@ def chat_prompt(processor: ProcessorMixin, text: str) -> str:
     """One user turn with an image, as the model's own chat template writes it."""
     if not getattr(processor, "chat_template", None):
         raise InputError("model: its processor has no chat template; set processor.chat_template to the model's own")
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    turn: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
 
 
@@ -137,9 +137,7 @@ def _batches(
 
 
 @torch.inference_mode()
-def _generate(
-    model: PreTrainedModel, processor: ProcessorMixin, batch: list[Loaded], max_new_tokens: int
-) -> list[dict[str, Any]]:
+def _generate(model: Any, processor: ProcessorMixin, batch: list[Loaded], max_new_tokens: int) -> list[dict[str, Any]]:
     """The record fields that come from the model: raw text, length, and how it ended."""
     inputs = processor(
         images=[picture for _, picture in batch],

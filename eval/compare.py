@@ -122,8 +122,9 @@ def _align(a: Items, b: Items) -> tuple[Items, Items]:
     kept_captions = [c for c in a.captions if c.id not in failed]
     if not kept_a and not kept_captions:
         raise InputError("no item was answered in both runs; nothing can be compared")
-    ours: Record | Caption
-    for ours, theirs in [*((r, records[r.id]) for r in kept_a), *((c, captions[c.id]) for c in kept_captions)]:
+    pairs: list[tuple[Record | Caption, Record | Caption]] = [(r, records[r.id]) for r in kept_a]
+    pairs += [(c, captions[c.id]) for c in kept_captions]
+    for ours, theirs in pairs:
         if ours.image_id != theirs.image_id or getattr(ours, "label", None) != getattr(theirs, "label", None):
             raise InputError(
                 f"item {ours.id!r} has another image or label in {b.path!r}; compare runs on the same items"

@@ -195,7 +195,7 @@ class Demo:
             if method is not None:
                 handles[arm.name] = attach(models[arm.name], method)
 
-        def call(model: PreTrainedModel, new_tokens: int) -> Callable[[], Any]:
+        def call(model: Any, new_tokens: int) -> Callable[[], Any]:
             return lambda: model.generate(
                 **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
             )
