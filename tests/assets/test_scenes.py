@@ -11,6 +11,7 @@ import pytest
 from vlattn.assets.scenes import (
     BACKGROUNDS,
     CONTEXTS,
+    CONTRAST,
     FAMILIES,
     INDEX,
     MAX_OVERLAP,
@@ -53,13 +54,27 @@ def test_the_label_map_names_the_owner_and_the_background(scenes: list[Scene]) -
 
 
 def test_what_the_label_map_says_is_what_is_painted(scenes: list[Scene]) -> None:
-    for scene in scenes[:100]:
+    clear = [scene for scene in scenes if scene.contrast == 1]
+    assert 0.6 < len(clear) / len(scenes) < 0.8
+    for scene in clear[:100]:
         for number, o in enumerate(scene.objects):
             whole = np.zeros((SIZE, SIZE), bool)
             whole[o.y : o.y + o.size, o.x : o.x + o.size] = o.alpha == 1
             for later in scene.objects[number + 1 :]:  # its body and its shadow, which falls two pixels away
                 whole[later.y : later.y + later.size + 2, later.x : later.x + later.size + 2] = False
             np.testing.assert_allclose(scene.image[whole], o.category / len(NAMES), atol=1e-6)
+
+
+def test_haze_takes_contrast_and_adds_grain(scenes: list[Scene]) -> None:
+    def grain(scene: Scene) -> float:
+        """Spread between neighbouring background pixels."""
+        both = (scene.owner[:, 1:] < 0) & (scene.owner[:, :-1] < 0)
+        return float(np.std(np.diff(scene.image, axis=1)[both]))
+
+    hazy, clear = ([s for s in scenes if (s.contrast < 1) is haze] for haze in (True, False))
+    assert all(CONTRAST[0] <= s.contrast <= CONTRAST[1] for s in hazy)
+    assert np.mean([grain(s) for s in hazy]) > 2 * np.mean([grain(s) for s in clear])
+    assert np.mean([s.image.std() for s in hazy]) < np.mean([s.image.std() for s in clear])
 
 
 def overlap(a: Placed, b: Placed) -> float:

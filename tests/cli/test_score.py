@@ -80,11 +80,11 @@ def test_help_names_profiles_and_options(invoke: Any) -> None:
 
 def test_scoring_loads_neither_torch_nor_transformers(records: Path, coco: tuple[Path, Path, Path]) -> None:
     code = (
-        "import sys; from pathlib import Path; from vlattn.cli.score import score; import vlattn.cli.compare\n"
-        "import vlattn.cli.build_pope\n"
+        "import sys; from pathlib import Path; from vlattn.cli.score import score\n"
+        "from vlattn.cli.build_pope import build_pope; from vlattn.cli.compare import compare\n"
         "pope, generated, instances, captions = map(Path, sys.argv[1:])\n"
         "score(pope, n_boot=10); score(generated, 'chair', None, instances, captions, n_boot=10)\n"
-        "vlattn.cli.compare.compare(pope, pope, n_boot=10)\n"
+        "compare(pope, pope, n_boot=10)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, records, *coco], check=True, capture_output=True, timeout=120)

@@ -175,8 +175,8 @@ def test_the_formula_agrees_with_what_pytorch_counts(model: Any, inputs: dict[st
     """Within 6% on this tiny model, and exactly once the ignored work is added by hand.
 
     PyTorch counts every matrix product and convolution. The formula ignores two of them: the patch embedding (3 p^2 d
-    per patch: 5% here, 0.2% of a CLIP-L tower) and FlowCut's CLS row (n d in each layer that scores, 1 / (12 d) of it).
-    The LM head is outside of what is counted here.
+    per patch: 5% here, 0.2% of a CLIP-L tower) and FlowCut's two CLS rows, of keys and of values (2 n d in each layer
+    that scores, 1 / (6 d) of it). The LM head is outside of what is counted here.
     """
     with vlattn.FlowCut(keep=keep)(model) as trace:
         counted = counted_macs(model, inputs)
@@ -184,7 +184,7 @@ def test_the_formula_agrees_with_what_pytorch_counts(model: Any, inputs: dict[st
 
     assert counted == pytest.approx(cost["total_macs"], rel=0.06)
     patch_embedding = PATCHES * 3 * 4 * 4 * 16
-    rows = sum(n * 16 for n in cost["tower_lengths"][:5] if n - 1 > keep)  # layers before the feature layer's
+    rows = sum(2 * n * 16 for n in cost["tower_lengths"][:5] if n - 1 > keep)  # layers before the feature layer's
     assert counted == cost["total_macs"] + patch_embedding + rows
     assert (cost["ratio"] == 1) == (keep == PATCHES)
     assert cost["flops"] == 2 * cost["paper_flops"] == 2 * cost["total_macs"]
