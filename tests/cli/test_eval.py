@@ -36,6 +36,19 @@ def test_pope_on_the_embedded_set_records_every_question_and_prints_the_three_sp
     assert (settings["n_images"], settings["seed"]) == (4, 0)
 
 
+@pytest.mark.parametrize(("data", "images"), [("val", 300), ("shift", 150)])
+def test_without_a_number_the_embedded_sets_are_asked_about_as_many_images_as_they_have(
+    tmp_path, monkeypatch, data, images
+):
+    import vlattn.cli.eval as command
+
+    asked = []
+    monkeypatch.setattr(command, "_run", lambda task, items, *a, **k: asked.extend(items))
+    with pytest.raises(InputError, match="cannot be read"):  # nothing was recorded, so nothing can be scored
+        run("eval", "pope", "--data", data, "--out", tmp_path / "a.jsonl")
+    assert len({item.image_id for item in asked}) == images
+
+
 @pytest.mark.slow
 def test_chair_on_given_files_describes_the_chosen_images(tmp_path):
     out = tmp_path / "chair.jsonl"

@@ -14,6 +14,8 @@ app = typer.Typer(
     help="Run a model under a method on a benchmark; every answer is recorded, a cut-off run resumes.",
 )
 
+EMBEDDED_POPE_IMAGES = {"val": 300, "shift": 150}
+
 Model = Annotated[str, typer.Option(help='"tiny" (embedded, offline), a local folder, or a hub id.')]
 Method = Annotated[str, typer.Option(help="vanilla, or a method such as flowcut:keep=64; joined by + to compose.")]
 Data = Annotated[
@@ -72,7 +74,12 @@ def pope(
     data: Data = "val",
     annotations: Annotations = None,
     images: Images = None,
-    n_images: Annotated[int, typer.Option(help="Images asked about, where questions are built.")] = 400,
+    n_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Images asked about, where questions are built (default: 500; embedded: 300 of val, 150 of shift)."
+        ),
+    ] = None,
     seed: Seed = 0,
     suffix: Annotated[str, typer.Option(help="Text after each question, on its own line.")] = "",
     profile: Annotated[str, typer.Option(help="How answers are read.")] = "pope-official",
@@ -90,7 +97,9 @@ def pope(
     from vlattn.eval.report import score_file
     from vlattn.eval.tables import score_table, show
 
-    found, folder, _ = _paths(data, annotations, images)
+    found, folder, embedded = _paths(data, annotations, images)
+    if n_images is None:  # images with fewer than three objects are not asked about, so embedded sets have fewer
+        n_images = EMBEDDED_POPE_IMAGES[data] if embedded else 500
     items = pope_items(found, n_images, seed, suffix)
     settings = {"annotations": found.name, "n_images": n_images, "seed": seed, "suffix": suffix}
     _run(
