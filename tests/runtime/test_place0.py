@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import vlattn
 from vlattn.errors import InputError
@@ -137,6 +139,8 @@ def test_beams_and_samples_equal_the_stock_model_fed_the_short_sequence(
         "sampled beams": {"do_sample": True, "num_beams": 2},
     }[way]
     model = llava(dtype=torch.float32)
+    if max(images) > 1 and not hasattr(model, "_expand_multimodal_outputs"):
+        pytest.skip("this transformers gives the beams of a prompt with several images the wrong images, pruned or not")
     inputs = prompts(model, images=images)
     stock, _ = short(model, inputs, method)
     torch.manual_seed(5)
@@ -633,11 +637,18 @@ def test_generating_on_from_a_pruned_cache_with_the_whole_sequence_is_refused(
             model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, **{tiny.CACHE: first[tiny.CACHE]})
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.17"),
+    reason="assisted decoding there hands over a mask shorter than the tokens seen, which is refused in one line",
+)
 def test_looking_tokens_up_in_the_prompt_changes_no_token(llava: Any, prompts: Any) -> None:
     model = llava()
     inputs = prompts(model, text=6)
     with FLOWCUT(model):
-        assert torch.equal(say(model, inputs, 12), say(model, inputs, 12, prompt_lookup_num_tokens=3))
+        expected = say(model, inputs, 12)
+        # An end token that is never said: older transformers look one up in any case.
+        looked_up = say(model, inputs, 12, prompt_lookup_num_tokens=3, eos_token_id=[10**6])
+        assert torch.equal(looked_up, expected)
 
 
 def test_a_prompt_prefilled_in_chunks_is_refused(llava: Any, prompts: Any) -> None:
