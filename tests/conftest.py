@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+
+# Read when huggingface_hub is first imported: no test may wait for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _load(name: str) -> ModuleType:
