@@ -50,6 +50,7 @@ import vlattn
 from vlattn.eval.model_cost import cache_bytes, model_cost
 from vlattn.models.registry import adapter_for
 from vlattn.ops import query_row_attention
+from vlattn.runtime.hooks import cache_of
 from vlattn.runtime.machine import describe_machine
 from vlattn.runtime.timing import Spread, Timing, interleave
 
@@ -193,15 +194,10 @@ def prune(model: LlavaModel, keep: int, inputs: dict[str, torch.Tensor]) -> Prun
     first = decoder.register_forward_pre_hook(record, with_kwargs=True)
     handle = vlattn.attach(other, vlattn.FlowCut(keep=keep))
     last = decoder.register_forward_pre_hook(record, with_kwargs=True)
-    cache = cache_bytes(_cache_of(other(**inputs, use_cache=True)))
+    cache = cache_bytes(cache_of(other(**inputs, use_cache=True)))
     first.remove()
     last.remove()
     return Pruned(keep, other, model_cost(other, handle.trace), calls[0], calls[1], cache)
-
-
-def _cache_of(output: Any) -> Any:
-    cache = getattr(output, "cache", None)
-    return output.past_key_values if cache is None else cache
 
 
 def run_decoder(model: LlavaModel, call: dict[str, Any]) -> torch.Tensor:

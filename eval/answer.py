@@ -97,9 +97,10 @@ def answer_items(
                 [b[0] for b in batch], _generate(model, processor, batch, max_new_tokens), strict=True
             ):
                 for item in same:
-                    meta = {**item.meta}
                     writer.write(
-                        Record(item.id, item.image_id, item.image, item.prompt, label=item.label, meta=meta, **fields)
+                        Record(
+                            item.id, item.image_id, item.image, item.prompt, label=item.label, meta=item.meta, **fields
+                        )
                     )
                 advance(len(same))
 
