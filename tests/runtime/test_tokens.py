@@ -21,7 +21,6 @@ def test_one_image_counts_its_patches_off_in_raster_order() -> None:
     assert visual.column.tolist() == [[-1, 0, 1, 2, 0, 1, 2, -1, -1]]
     assert visual.image.tolist() == [[-1, 0, 0, 0, 0, 0, 0, -1, -1]]
     assert visual.images == 1
-    assert visual.grid == (2, 3)
 
 
 def test_images_are_numbered_through_the_batch_whatever_each_sample_has() -> None:

@@ -13,11 +13,6 @@ class LlavaAdapter(Adapter):
     model_types = ("llava",)
 
     @property
-    def multimodal(self) -> Any:
-        # LlavaForConditionalGeneration wraps a LlavaModel; either may be given.
-        return self.model.model if hasattr(self.model, "lm_head") else self.model
-
-    @property
     def tower(self) -> Any:
         return self.multimodal.vision_tower
 
@@ -28,14 +23,6 @@ class LlavaAdapter(Adapter):
     @property
     def projector(self) -> Any:
         return self.multimodal.multi_modal_projector
-
-    @property
-    def language_model(self) -> Any:
-        return self.multimodal.language_model
-
-    @property
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
 
     @property
     def grid(self) -> tuple[int, int]:

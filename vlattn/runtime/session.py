@@ -51,7 +51,7 @@ class Session:
         if cached_length(call):
             return
         self._short = None
-        self.visual = self.adapter.visual_tokens(call.get("input_ids"), call.get("inputs_embeds"))
+        self.visual = self.adapter.visual_tokens(call)
         mask = call.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all()):
             raise InputError(
