@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
 from PIL import Image
 
 from vlattn.errors import InputError
 from vlattn.eval.items import Item
 from vlattn.eval.records import Record, RecordWriter
 from vlattn.eval.report import versions
-from vlattn.runtime.machine import cpu_name
+from vlattn.runtime.machine import describe_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -29,17 +27,7 @@ OnError = Literal["raise", "skip"]
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:
     """Where a run was made: versions, machine, dtype, attention implementation."""
-    device = next(model.parameters()).device
-    return {
-        **versions(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
-    }
+    return {**versions(), **describe_run(model)}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -44,8 +44,20 @@ def decoder_macs(
     """
     width = hidden if query_width is None else query_width
     kv = width if kv_width is None else kv_width
-    per_token = 2 * hidden * width + 2 * hidden * kv + _ffn(ffn_mats, hidden, ffn)
-    return sum(n * per_token + 2 * n * n * width for n in _checked(lengths))
+    return layer_macs(lengths, 2 * hidden * width + 2 * hidden * kv + _ffn(ffn_mats, hidden, ffn), width)
+
+
+def layer_macs(lengths: Iterable[int], weights: int, width: int) -> int:
+    """Cost in MACs of transformer layers of one make, or of one layer on several sequences.
+
+    For layers whose matrices were counted rather than looked up in a config.
+
+    Args:
+        lengths: tokens of each sequence, or that enter each layer; attention stays within one number.
+        weights: numbers in a layer's matrices, which is what they cost per token.
+        width: query heads times head dim.
+    """
+    return sum(n * weights + 2 * n * n * width for n in _checked(lengths))
 
 
 def encoder_macs(lengths: Iterable[int], hidden: int, ffn: int) -> int:

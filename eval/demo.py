@@ -8,35 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
 from vlattn.assets.paths import tiny_coco
-from vlattn.eval.answer import chat_prompt, environment, read_image
+from vlattn.eval.answer import environment
+from vlattn.eval.arms import Arms, Step
 from vlattn.eval.chair import ground_truth, mark_mentions
 from vlattn.eval.chair_words import vocabulary
-from vlattn.eval.coco import CocoSet, read_coco
-from vlattn.eval.compare import compare_files
-from vlattn.eval.items import CHAIR_PROMPT, Item, chair_items, pope_items
 from vlattn.eval.model_cost import cache_bytes, model_cost
 from vlattn.eval.pope_parse import parser
 from vlattn.eval.records import read_records
-from vlattn.eval.report import score_file
-from vlattn.eval.run import run_items
 from vlattn.interventions.base import attach
 from vlattn.interventions.registry import parse_method
-from vlattn.models.load import load
-from vlattn.models.registry import adapter_for
 from vlattn.runtime.hooks import cache_of
 from vlattn.runtime.timing import interleave
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
-
-Step = Callable[[str, int], None]
-"""Called as (what is going on, how many steps have just been finished)."""
 
 
 @dataclass(frozen=True)
@@ -67,51 +55,30 @@ def arms(budgets: list[int], visual_tokens: int) -> list[Arm]:
     return found
 
 
-class Demo:
+class Demo(Arms):
     """The steps of the demo, each of which leaves its files in `out`."""
 
     def __init__(self, out: Path, config: dict[str, Any] | None = None) -> None:
-        self.out, self.config, self.start = out, config or settings(), time.perf_counter()
-        self.data = tiny_coco(self.config["data"])
-        self.coco: CocoSet = read_coco(self.data.instances, self.data.captions)
-        self.pope: list[Item] = pope_items(self.data.instances, self.config["images"], self.config["seed"])
-        chosen = {item.image_id for item in self.pope}
-        self.chair: list[Item] = [item for item in chair_items(self.coco) if item.image_id in chosen]
-        self.model: PreTrainedModel
-        self.processor: ProcessorMixin
-        self.model, self.processor = load(self.config["model"])
-        self.adapter = adapter_for(self.model)
+        self.config, self.start = config or settings(), time.perf_counter()
+        shared = ("images", "seed", "model", "batch_size", "max_new_tokens")
+        super().__init__(out, tiny_coco(self.config["data"]), **{key: self.config[key] for key in shared})
         self.arms = arms(self.config["budgets"], self.adapter.patches)
 
     @property
     def steps(self) -> int:
         """How many steps `run` reports."""
-        return len(self.arms) * (len(self.pope) + len(self.chair)) + self.config["timing"]["repeats"]
+        return len(self.arms) * self.items_per_arm + self.config["timing"]["repeats"]
 
     def run(self, step: Step) -> dict[str, Any]:
         """Run everything; returns the results that `results.json` holds and the page shows."""
         for arm in self.arms:
-            for task, items in (("pope", self.pope), ("chair", self.chair)):
-                step(f"{task.upper()} {arm.name}", 0)
-                run_items(
-                    self.model,
-                    self.processor,
-                    items,
-                    task=task,
-                    method=arm.method,
-                    images=self.data.images,
-                    out=self.records(task, arm),
-                    batch_size=self.config["batch_size"],
-                    max_new_tokens=self.config["max_new_tokens"],
-                    settings={"model": self.config["model"]},
-                    advance=lambda n: step("", n),
-                )
+            self.answer(arm.name, arm.file, arm.method, step)
         step("timing, arms interleaved", 0)
         costs = self.costs(step)
         return {
             "title": "vlattn demo",
             "model": {
-                "name": self.config["model"],
+                "name": self.model_name,
                 "visual_tokens": self.adapter.patches,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
             },
@@ -128,34 +95,16 @@ class Demo:
         }
 
     def records(self, task: str, arm: Arm) -> Path:
-        return self.out / "records" / f"{task}_{arm.file}.jsonl"
+        return self.records_of(task, arm.file)
 
     def scores(self, arm: Arm) -> dict[str, Any]:
-        """POPE and CHAIR of one arm, each figure with its 95% interval."""
-        pope = score_file(self.records("pope", arm), "pope")
-        chair = score_file(
-            self.records("chair", arm), "chair", annotations=self.data.instances, captions=self.data.captions
-        )
+        """What the arm is, and its POPE and CHAIR."""
         return {
             "name": arm.name,
             "method": arm.method,
             "family": arm.family,
             "visual_tokens": arm.visual_tokens,
-            "pope": {
-                "mean_f1": pope["metrics"]["f1"],
-                "mean_accuracy": pope["metrics"]["accuracy"],
-                "splits": {
-                    name: {
-                        "f1": split["metrics"]["f1"],
-                        "accuracy": split["metrics"]["accuracy"],
-                        "yes_ratio": split["metrics"]["yes_ratio"]["value"],
-                    }
-                    for name, split in pope["splits"].items()
-                },
-            },
-            "chair": {name: chair["metrics"][name] for name in ("chair_s", "chair_i", "recall", "f1")}
-            | {"length": chair["metrics"]["len"]["value"]},
-        }
+        } | self.scores_of(arm.file)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """FlowCut minus random pruning at each budget, paired by image."""
@@ -163,8 +112,7 @@ class Demo:
         found = []
         for budget in self.config["budgets"]:
             a, b = by_name[f"Random {budget}"], by_name[f"FlowCut {budget}"]
-            compared = compare_files(self.records("pope", a), self.records("pope", b), metrics=("f1",))
-            f1 = compared["metrics"]["f1"]
+            f1 = self.compare("pope", a.file, b.file, ("f1",))["f1"]
             found.append(
                 {"a": a.name, "b": b.name, "metric": "POPE mean F1", "p": f1["p_value"]}
                 | {key: f1[key] for key in ("difference", "low", "high")}
@@ -225,15 +173,6 @@ class Demo:
         for handle in handles.values():
             handle.detach()
         return found
-
-    def inputs(self, items: list[Item]) -> Any:
-        """Model inputs of the captioning prompt over the items' images."""
-        return self.processor(
-            images=[read_image(self.data.images / item.image) for item in items],
-            text=[chat_prompt(self.processor, CHAIR_PROMPT)] * len(items),
-            return_tensors="pt",
-            padding=True,
-        ).to(self.model.device)
 
     # Pictures ---------------------------------------------------------------------------------------------------------
     @torch.inference_mode()

@@ -17,6 +17,8 @@ from vlattn.interventions.registry import parse_method
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from vlattn.interventions.base import Intervention
+
 
 def run_items(
     model: PreTrainedModel,
@@ -39,6 +41,27 @@ def run_items(
     are recorded and compared too; `model` among them is the name by which the model was asked for.
     """
     intervention = parse_method(method)
+    generation = {
+        "batch_size": batch_size,
+        "generation": {"do_sample": False, "max_new_tokens": max_new_tokens},
+        **(settings or {}),
+    }
+    with open_run(model, items, task=task, intervention=intervention, out=out, settings=generation) as writer:
+        answer_items(
+            model, processor, items, images, writer, intervention, batch_size, max_new_tokens, on_error, advance
+        )
+
+
+def open_run(
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    *,
+    task: str,
+    intervention: Intervention | None,
+    out: Path,
+    settings: dict[str, Any],
+) -> RecordWriter:
+    """The writer of a run's records, which knows model, weights, method and items; `settings` are recorded beside."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(i) for i in items], sort_keys=True).encode()).hexdigest()
     run_info = {
         "task": task,
@@ -47,11 +70,6 @@ def run_items(
         "method": repr(intervention) if intervention is not None else "vanilla",
         "items": len(items),
         "items_sha256": digest,
-        "batch_size": batch_size,
-        "generation": {"do_sample": False, "max_new_tokens": max_new_tokens},
-        **(settings or {}),
+        **settings,
     }
-    with RecordWriter(out, run_info, environment(model)) as writer:
-        answer_items(
-            model, processor, items, images, writer, intervention, batch_size, max_new_tokens, on_error, advance
-        )
+    return RecordWriter(out, run_info, environment(model))

@@ -38,6 +38,12 @@ def tiny() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def families(tiny: ModuleType) -> ModuleType:
+    """`tests/family_models.py`: a random tiny model of every model family, and inputs for it."""
+    return _load("family_models")
+
+
+@pytest.fixture(scope="session")
 def naive() -> ModuleType:
     """`tests/naive_flowcut.py`: FlowCut in plain loops, with full attention matrices."""
     return _load("naive_flowcut")

@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from vlattn.interventions.base import Intervention as Intervention
     from vlattn.interventions.base import attach as attach
     from vlattn.interventions.base import compose as compose
+    from vlattn.interventions.divprune import DivPrune as DivPrune
+    from vlattn.interventions.dyvte import DyVTE as DyVTE
     from vlattn.interventions.flowcut import FlowCut as FlowCut
+    from vlattn.interventions.hiprune import HiPrune as HiPrune
+    from vlattn.interventions.prumerge import PruMerge as PruMerge
     from vlattn.interventions.random_prune import RandomPrune as RandomPrune
+    from vlattn.interventions.tome import ToMe as ToMe
     from vlattn.interventions.uniform_prune import UniformPrune as UniformPrune
+    from vlattn.interventions.visionzip import VisionZip as VisionZip
+    from vlattn.interventions.vispruner import VisPruner as VisPruner
     from vlattn.models.load import load as load
     from vlattn.runtime.tokens import VisualTokens as VisualTokens
     from vlattn.runtime.trace import Trace as Trace
@@ -36,9 +43,16 @@ _HOMES = {
     "Intervention": "vlattn.interventions.base",
     "attach": "vlattn.interventions.base",
     "compose": "vlattn.interventions.base",
+    "DivPrune": "vlattn.interventions.divprune",
+    "DyVTE": "vlattn.interventions.dyvte",
     "FlowCut": "vlattn.interventions.flowcut",
+    "HiPrune": "vlattn.interventions.hiprune",
+    "PruMerge": "vlattn.interventions.prumerge",
     "RandomPrune": "vlattn.interventions.random_prune",
+    "ToMe": "vlattn.interventions.tome",
     "UniformPrune": "vlattn.interventions.uniform_prune",
+    "VisionZip": "vlattn.interventions.visionzip",
+    "VisPruner": "vlattn.interventions.vispruner",
     "load": "vlattn.models.load",
     "VisualTokens": "vlattn.runtime.tokens",
     "Trace": "vlattn.runtime.trace",

@@ -15,16 +15,50 @@ def query_row_attention(
 
     Args:
         q: query rows [B, H, R, D].
-        k: keys [B, H, N, D].
+        k: keys [B, Hkv, N, D] of the same dtype; Hkv divides H, and query head h reads key head h // (H / Hkv).
         scale: factor on q k^T, usually D ** -0.5.
-        key_mask: bool [B, N], True where a key may be attended; each row needs at least one.
+        key_mask: bool, True where a key may be attended: [B, N] for all rows, or [B, R, N]. A row that may attend to
+            nothing gives 0 everywhere.
 
     Returns:
         Weights [B, H, R, N], fp32 for half-precision inputs, the input's dtype otherwise. O(B H R N D) multiply-adds.
     """
-    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise InputError(f"q and k: expected [B, H, R, D] and [B, H, N, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    _check_heads(q, k)
+    _check_mask("key_mask", key_mask, (q.shape[0], k.shape[2]), (q.shape[0], q.shape[2], k.shape[2]))
     return reference.query_row_attention(q, k, scale, key_mask)
+
+
+def received_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    key_mask: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention that each key receives: the sum over queries of softmax(scale * q k^T), without the [R, N] matrix.
+
+    Args:
+        q: queries [B, H, R, D].
+        k: keys [B, Hkv, N, D] of the same dtype; Hkv divides H, and query head h reads key head h // (H / Hkv).
+        scale: factor on q k^T, usually D ** -0.5.
+        causal: let each query see keys up to its own place; the last query stands at the last key, so R <= N.
+        key_mask: bool [B, N], True where a key may be attended. A query that sees no key adds nothing.
+        query_mask: bool [B, R], True where a query counts; padded ones should not.
+
+    Returns:
+        Sums [B, H, N], not divided by the number of queries; fp32 for half-precision inputs, the input's dtype
+        otherwise. O(B H R N D) multiply-adds, O(B H N) memory for each of a fixed number of rows.
+    """
+    _check_heads(q, k)
+    _check_mask("key_mask", key_mask, (q.shape[0], k.shape[2]))
+    _check_mask("query_mask", query_mask, (q.shape[0], q.shape[2]))
+    if causal and q.shape[2] > k.shape[2]:
+        raise InputError(
+            f"causal: {q.shape[2]} queries but only {k.shape[2]} keys; give the keys of every query, or causal=False"
+        )
+    return reference.received_attention(q, k, scale, causal, key_mask, query_mask)
 
 
 def select_tokens(score: torch.Tensor, k: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -41,3 +75,20 @@ def select_tokens(score: torch.Tensor, k: int, *tensors: torch.Tensor) -> tuple[
     if score.ndim != 2 or not 1 <= k <= score.shape[1]:
         raise InputError(f"k: got {k} for scores of shape {tuple(score.shape)}; give 1 <= k <= N")
     return reference.select_tokens(score, k, *tensors)
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise InputError(
+            f"q and k: expected [B, H, R, D] and [B, Hkv, N, D], got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise InputError(f"k: its {k.shape[1]} heads do not divide the {q.shape[1]} of q; give one per group of q's")
+    if q.dtype != k.dtype:
+        raise InputError(f"q and k: {q.dtype} against {k.dtype}; give both in one dtype")
+
+
+def _check_mask(name: str, mask: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in shapes):
+        expected = " or ".join(map(str, shapes))
+        raise InputError(f"{name}: got {mask.dtype} {tuple(mask.shape)}; give bool {expected}, True where it counts")

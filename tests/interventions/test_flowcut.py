@@ -11,7 +11,7 @@ import torch
 
 import vlattn
 from vlattn.errors import InputError
-from vlattn.interventions.flowcut import adaptive_count, flowcut_score, running_average, select
+from vlattn.interventions.flowcut_score import adaptive_count, flowcut_score, running_average, select
 
 
 def encode(model: Any, method: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any, list[int]]:
@@ -363,7 +363,6 @@ def test_a_wrong_setting_is_refused_by_name(fields: dict[str, Any], names: str) 
         ({}, {"keep": 37}, "give 1 <= keep <= 36"),
         ({"strategy": "full"}, {"keep": 38}, "give 2 <= keep <= 37"),
         ({"strategy": "full"}, {"keep": 1}, "give 2 <= keep <= 37"),
-        ({"siglip": True, "feature_layer": -1}, {"keep": 9}, "no CLS token"),
         ({"feature_layer": [-2, -3]}, {"keep": 9}, "vision_feature_layer"),
         ({"feature_layer": 1}, {"keep": 9}, "first vision layer"),
     ],

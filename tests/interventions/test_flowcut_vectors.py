@@ -10,7 +10,7 @@ import torch
 
 import vlattn
 from vlattn import ops
-from vlattn.interventions.flowcut import adaptive_count, flowcut_score, running_average, select
+from vlattn.interventions.flowcut_score import adaptive_count, flowcut_score, running_average, select
 
 V1_KEPT = [[2, 3, 11, 14, 17, 18, 21, 24, 29], [1, 7, 11, 13, 15, 18, 24, 25, 33]]
 V1_LENGTHS = [37, 37, 25, 25, 15, 15, 10, 10, 10]

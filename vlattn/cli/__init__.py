@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 import vlattn
+from vlattn.cli.bench import bench
 from vlattn.cli.build_pope import build_pope
 from vlattn.cli.compare import compare
 from vlattn.cli.demo import demo
 from vlattn.cli.eval import app as eval_app
+from vlattn.cli.methods import methods
+from vlattn.cli.models import models
 from vlattn.cli.score import score
+from vlattn.cli.sweep import sweep
+from vlattn.cli.train import app as train_app
 from vlattn.errors import InputError
 
 app = typer.Typer(
@@ -28,8 +33,13 @@ app = typer.Typer(
 app.command()(demo)
 app.add_typer(eval_app, name="eval")
 app.command()(score)
+app.command()(bench)
 app.command("compare")(compare)
 app.command("build-pope")(build_pope)
+app.add_typer(train_app, name="train")
+app.command()(methods)
+app.command()(models)
+app.command()(sweep)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,8 +10,10 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from vlattn.errors import InputError
-from vlattn.models.registry import adapter_for
+from vlattn.models.adapter import Adapter
+from vlattn.models.registry import adapter_for, known_adapters
 from vlattn.runtime.hooks import HookSet
+from vlattn.runtime.sequence import Positions
 from vlattn.runtime.session import Session, close_if_empty, session_of
 from vlattn.runtime.trace import Trace
 
@@ -28,6 +30,14 @@ class Intervention(ABC):
     place: ClassVar[Place]
     selects_features: ClassVar[bool] = False
     """Whether it decides which image features reach the decoder; only one such method can act on a model."""
+    ranks_in_decoder: ClassVar[bool] = False
+    """Whether it ranks visual tokens inside the decoder and cuts them; only one such method can act on a model."""
+
+    @classmethod
+    def refuses(cls, family: type[Adapter]) -> str | None:
+        """Why the method cannot work on a model family; None where it can. What a family lacks belongs here, settings
+        that do not fit one model belong into `_attach`."""
+        return None
 
     @abstractmethod
     def _attach(self, session: Session, hooks: HookSet, trace: Trace) -> None:
@@ -56,6 +66,7 @@ class Handle:
         self._session = session
         try:
             for part in self.intervention._parts():
+                refuse_family(part, type(session.adapter))
                 refuse_conflicts(part, session.members)
                 session.members.append(part)
                 self._members.append(part)
@@ -96,6 +107,38 @@ def refuse_conflicts(new: Intervention, members: list[Intervention]) -> None:
                 f"{type(new).__name__}: {type(member).__name__} already chooses the image features of this model; "
                 "two methods cannot both choose them, so leave one context or drop one from compose"
             )
+        if new.ranks_in_decoder and member.ranks_in_decoder:
+            raise InputError(
+                f"{type(new).__name__}: {type(member).__name__} already ranks visual tokens inside this model's decoder; "
+                "their scores would not be those of either paper, so leave one context or drop one from compose"
+            )
+
+
+def refuse_family(new: Intervention, family: type[Adapter]) -> None:
+    """Raise where a method cannot work on a model family."""
+    reason = new.refuses(family)
+    if reason is not None:
+        known = sorted(
+            {name for adapter in known_adapters() if not new.refuses(adapter) for name in adapter.model_types}
+        )
+        raise InputError(
+            f"{type(new).__name__}: not supported on {', '.join(family.model_types)}: {reason}; "
+            f"supported: {', '.join(known)}"
+        )
+
+
+def positions_for(name: str, given: Positions, default: Positions, adapter: Adapter) -> Positions:
+    """What the setting `positions` comes to on a model: "auto" is the method's own way, or `preserve` with M-RoPE."""
+    if given not in ("auto", "compact", "preserve"):
+        raise InputError(f"positions: got {given!r}; give 'auto', 'compact' or 'preserve'")
+    if not adapter.mrope:
+        return default if given == "auto" else given
+    if given == "compact":
+        raise InputError(
+            f"positions: 'compact' has no meaning for {name} on {', '.join(adapter.model_types)}, whose positions have "
+            "three dimensions; give 'preserve' or 'auto'"
+        )
+    return "preserve"
 
 
 @dataclass(frozen=True)

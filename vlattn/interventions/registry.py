@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import yaml
 
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention, compose
+from vlattn.interventions.divprune import DivPrune
+from vlattn.interventions.dyvte import DyVTE
 from vlattn.interventions.flowcut import FlowCut
+from vlattn.interventions.hiprune import HiPrune
+from vlattn.interventions.prumerge import PruMerge
 from vlattn.interventions.random_prune import RandomPrune
+from vlattn.interventions.tome import ToMe
 from vlattn.interventions.uniform_prune import UniformPrune
+from vlattn.interventions.visionzip import VisionZip
+from vlattn.interventions.vispruner import VisPruner
 
 METHODS: dict[str, type[Intervention]] = {
+    "divprune": DivPrune,
+    "dyvte": DyVTE,
     "flowcut": FlowCut,
+    "hiprune": HiPrune,
+    "prumerge": PruMerge,
     "random": RandomPrune,
+    "tome": ToMe,
     "uniform": UniformPrune,
+    "visionzip": VisionZip,
+    "vispruner": VisPruner,
 }
 
 
 def parse_method(text: str) -> Intervention | None:
     """`flowcut:keep=64,count=per_image` as an intervention; `vanilla` as None.
 
-    Values are read as YAML scalars. Unknown methods and fields are errors that list what there is.
+    Values are read as YAML scalars or lists, as in `layers=[2,6]`. Unknown methods and fields are errors that list what there is.
     """
     if text.strip() == "vanilla":
         return None
@@ -39,12 +54,13 @@ def _parse_one(text: str) -> Intervention:
     cls = METHODS[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given = {}
-    for pair in filter(None, settings.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", settings)):  # commas inside [...] belong to a list
         key, equals, value = pair.partition("=")
         if not equals or key.strip() not in fields:
             raise InputError(f"method: {pair!r} is no setting of {name}; write field=value with {', '.join(fields)}")
         try:
-            given[key.strip()] = yaml.safe_load(value)
+            read = yaml.safe_load(value)
+            given[key.strip()] = tuple(read) if isinstance(read, list) else read
         except yaml.YAMLError:
             raise InputError(f"method: cannot read the value in {pair!r}; write a number or a word") from None
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]

@@ -1,15 +1,17 @@
-"""Uniform pruning: evenly spaced patches in raster order."""
+"""Uniform pruning: evenly spaced visual tokens in the decoder's order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from vlattn.interventions.visual_pruner import Chooser, VisualPruner
+from vlattn.interventions.prompt_pruner import PromptPruner
+from vlattn.interventions.visual_pruner import VisualPruner
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.session import Session
-from vlattn.runtime.trace import Trace
+from vlattn.runtime.tokens import VisualTokens
 
 
 def uniform_indices(total: int, keep: int) -> torch.Tensor:
@@ -18,9 +20,17 @@ def uniform_indices(total: int, keep: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class UniformPrune(VisualPruner):
-    """Keep `keep` evenly spaced patches, the same ones of every image."""
+class UniformPrune(VisualPruner, PromptPruner):
+    """Baseline: keep `keep` evenly spaced visual tokens of each image, the same ones of every image of a size."""
 
-    def _chooser(self, session: Session, hooks: HookSet, trace: Trace, target: int) -> Chooser:
-        ids = uniform_indices(session.adapter.patches, target)
-        return lambda features: ids.to(features.device).expand(features.shape[0], -1)
+    def _watch(self, session: Session, hooks: HookSet) -> None:
+        self._check_keep(session.adapter)
+
+    def _keep_of(self, tokens: int) -> int:
+        return self.keep
+
+    def _select(
+        self, features: torch.Tensor, keep: int, images: list[int], visual: VisualTokens, memory: Any
+    ) -> torch.Tensor:
+        ids = uniform_indices(features.shape[1], keep)
+        return ids.to(features.device).expand(features.shape[0], -1)

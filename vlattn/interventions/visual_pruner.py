@@ -1,37 +1,34 @@
-"""What encoder-side pruners share: hand K of the P features of each image to the decoder, mark the rest as dropped."""
+"""The settings that pruners in front of the decoder share: how many visual tokens to keep, and how positions follow."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
 
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
-from vlattn.runtime.hooks import HookSet
+from vlattn.models.adapter import Adapter
 from vlattn.runtime.sequence import Positions
-from vlattn.runtime.session import Session
-from vlattn.runtime.trace import Trace
 
-# features [images, P or K, C] without CLS -> int64 [images, K]: the patch ids to keep, ascending.
-Chooser = Callable[[torch.Tensor], torch.Tensor]
+
+def known_grid(adapter: Adapter) -> tuple[int, int] | None:
+    """The grid of one tile; None in families whose images have any size."""
+    try:
+        return adapter.grid
+    except InputError:
+        return None
 
 
 @dataclass(frozen=True)
 class VisualPruner(Intervention):
-    """Base of pruners that act before the decoder.
+    """Base of pruners that act before the decoder and end with a number of visual tokens.
 
     keep: visual tokens per image that reach the decoder (a CLS feature counts inside it, where the model uses one).
     positions: `compact` renumbers the prompt after the drop, as code that concatenates features does; `preserve` keeps
-        the original position ids.
+        the original position ids; `auto` is compact, and preserve where positions have three dimensions (Qwen-VL).
     """
 
     keep: int
-    positions: Positions = "compact"
+    positions: Positions = "auto"
 
     place = "encoder"
     selects_features = True
@@ -39,48 +36,17 @@ class VisualPruner(Intervention):
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1:
             raise InputError(f"keep: got {self.keep!r}; give the number of visual tokens to keep, at least 1")
-        if self.positions not in ("compact", "preserve"):
-            raise InputError(f"positions: got {self.positions!r}; give 'compact' or 'preserve'")
+        if self.positions not in ("auto", "compact", "preserve"):
+            raise InputError(f"positions: got {self.positions!r}; give 'auto', 'compact' or 'preserve'")
 
-    @abstractmethod
-    def _chooser(self, session: Session, hooks: HookSet, trace: Trace, target: int) -> Chooser:
-        """Register what the method needs inside the tower; return what names the `target` patches to keep.
-
-        The features it is called with have P rows, or K where the method shortened the tower's sequence itself.
-        """
-
-    def _attach(self, session: Session, hooks: HookSet, trace: Trace) -> None:
-        adapter = session.adapter
-        lead = int(adapter.cls_in_features)
-        total, target = adapter.patches, self.keep - lead
-        if target > total or target < 1:
+    def _check_keep(self, adapter: Adapter, tiles: bool = False) -> None:
+        """Refuse a number that no image of this model can have; `tiles`: where it is counted by tile."""
+        grid, lead = known_grid(adapter), int(adapter.cls_in_features)
+        if grid is None or (adapter.many_tiles and not tiles):
+            return
+        total = grid[0] * grid[1] + lead
+        if not lead < self.keep <= total:
             raise InputError(
-                f"keep: got {self.keep}; this model has {total + lead} visual tokens per image, "
-                f"give {1 + lead} <= keep <= {total + lead}"
+                f"keep: got {self.keep}; this model has {total} visual tokens per image, "
+                f"give {1 + lead} <= keep <= {total}"
             )
-        session.positions = self.positions
-        session.drops_features = target < total
-        trace.visual_tokens = total + lead
-        chooser = self._chooser(session, hooks, trace, target)
-        kept: list[torch.Tensor] = []
-
-        def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
-            features = args[0]  # [images, lead + P or K, C]
-            ids = chooser(features[:, lead:])
-            kept[:] = [ids]
-            trace.kept = ids.cpu()
-            if features.shape[1] - lead == ids.shape[1]:
-                return None
-            chosen = features[:, lead:].gather(1, ids[..., None].expand(-1, -1, features.shape[-1]))
-            return (torch.cat([features[:, :lead], chosen], 1), *args[1:]), kwargs
-
-        def spread(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-            ids = kept.pop()
-            if ids.shape[1] == total:
-                return None
-            full = output.new_full((output.shape[0], lead + total, output.shape[-1]), torch.nan)
-            full[:, :lead] = output[:, :lead]
-            return full.scatter(1, (ids + lead)[..., None].expand(-1, -1, output.shape[-1]), output[:, lead:])
-
-        hooks.before(adapter.projector, choose)
-        hooks.after(adapter.projector, spread)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlattn.errors import InputError
+from vlattn.models.sizes import SizeMemory, remembered, size_of
 from vlattn.runtime.tokens import VisualTokens
 
 
@@ -24,8 +25,17 @@ class Adapter(ABC):
     patchwise: bool = True
     """Whether each patch of the tower becomes one visual token, through a projector that works row by row."""
 
+    many_tiles: bool = False
+    """Whether one image may be cut into several encoder images, as with anyres."""
+
     mrope: bool = False
     """Whether positions are three-dimensional (time, height, width), as in Qwen-VL."""
+
+    size_arguments: tuple[str, ...] = ()
+    """The arguments of get_image_features and get_video_features that say how many tokens each image has, and where."""
+
+    masks_above_decoder: bool = False
+    """Whether the multimodal forward makes the decoder's masks, as in Gemma 3."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # what a family's modules are called is known at run time only
@@ -47,6 +57,11 @@ class Adapter(ABC):
     @abstractmethod
     def vision_layers(self) -> Sequence[Any]:
         """The tower's transformer layers, in order."""
+
+    @property
+    def encoders(self) -> tuple[Sequence[Any], ...]:
+        """The layers of every vision tower: of one, in most families."""
+        return (self.vision_layers,)
 
     @property
     @abstractmethod
@@ -85,8 +100,10 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the visual tokens of one tile (encoder image), CLS not counted; where resolution is free,
-        of the largest image."""
+        """Rows and columns of the visual tokens of one tile (encoder image), CLS not counted.
+
+        Raises InputError in families whose images have any size; `visual_tokens` knows those of a prompt.
+        """
 
     @property
     @abstractmethod
@@ -112,17 +129,67 @@ class Adapter(ABC):
         """Visual tokens of one tile, CLS not counted."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def deepstack_layers(self) -> int:
+        """How many decoder layers, from the first on, add features of the tower to the visual tokens they put out."""
+        return 0
+
     # A prompt ---------------------------------------------------------------------------------------------------------
-    def visual_mask(self, call: Mapping[str, Any]) -> torch.Tensor:
-        """Where a prompt has placeholders, bool [B, T], by their ids or by their embedding."""
+    def visual_kinds(self, call: Mapping[str, Any]) -> torch.Tensor:
+        """Which placeholder each position holds, int64 [B, T]: an index into `placeholder_ids`, -1 for text.
+
+        By input_ids, or where there are none by inputs_embeds that equal a placeholder's embedding.
+        """
         input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
         if input_ids is not None:
-            return torch.isin(input_ids, torch.tensor(self.placeholder_ids, device=input_ids.device))
-        if inputs_embeds is None:
+            found = [input_ids == i for i in self.placeholder_ids]
+        elif inputs_embeds is not None:
+            found = [(inputs_embeds == embedding).all(-1) for embedding in self._placeholder_embeddings(inputs_embeds)]
+        else:
             raise InputError("input_ids: got neither input_ids nor inputs_embeds; give one of them")
-        table = self.language_model.get_input_embeddings().weight
-        found = [(inputs_embeds == table[i].to(inputs_embeds.dtype)).all(-1) for i in self.placeholder_ids]
-        return torch.stack(found).any(0)
+        kinds = torch.full_like(found[0], -1, dtype=torch.int64)
+        for kind, here in enumerate(found):
+            kinds[here] = kind
+        return kinds
+
+    def _placeholder_embeddings(self, like: torch.Tensor) -> torch.Tensor:
+        """[placeholders, D], through the embedding module: some families scale what the table holds."""
+        embedding = self.language_model.get_input_embeddings()
+        if max(self.placeholder_ids) >= embedding.num_embeddings:
+            raise InputError(
+                f"inputs_embeds: the placeholders {self.placeholder_ids} lie outside the {embedding.num_embeddings} "
+                "embeddings of this model, so they cannot be found by value; give input_ids"
+            )
+        return embedding(torch.tensor(self.placeholder_ids, device=like.device)).to(like.dtype)
+
+    def visual_mask(self, call: Mapping[str, Any]) -> torch.Tensor:
+        """Where a prompt has placeholders, bool [B, T], by their ids or by their embedding."""
+        return self.visual_kinds(call) >= 0
+
+    def remember_sizes(self) -> SizeMemory:
+        """Have features carry the sizes they are computed with, until `.remove()` of what this returns.
+
+        Newer versions of transformers compute image features at the start of `generate` and hand the multimodal forward
+        those alone, without the sizes that `visual_tokens` needs.
+        """
+        return SizeMemory(self.multimodal, self.size_arguments)
+
+    def _sizes(self, call: Mapping[str, Any], name: str, modality: str) -> Any:
+        """The argument `name` of a call (of pixels: their shape), or what its precomputed features carry of it."""
+        if call.get(name) is not None:
+            return size_of(name, call[name])
+        features = (call.get("mm_encoder_outputs") or {}).get(modality)
+        return remembered(features).get(name)
+
+    def _required_sizes(self, call: Mapping[str, Any], name: str, modality: str = "image") -> Any:
+        sizes = self._sizes(call, name, modality)
+        if sizes is None:
+            raise InputError(
+                f"{name}: not given, and the {modality} features carry none, so the places of the {modality} tokens "
+                f"cannot be told; pass {name} from this model's own processor, or let the features be computed inside "
+                "the context"
+            )
+        return sizes
 
     def visual_tokens(self, call: Mapping[str, Any]) -> VisualTokens:
         """The visual positions [B, T] of a prompt.
@@ -131,6 +198,19 @@ class Adapter(ABC):
             of images in this family (image_sizes, image_grid_thw, ...).
         """
         return VisualTokens.from_placeholders(self.visual_mask(call), self.grid, leading=int(self.cls_in_features))
+
+    def _whole_images(self, placeholders: int, each: int) -> int:
+        """How many images of `each` features `placeholders` are."""
+        if placeholders % each:
+            raise InputError(
+                f"input_ids: {placeholders} visual placeholders do not divide into images of {each} features; "
+                "prepare the prompt with this model's own processor"
+            )
+        return placeholders // each
+
+    def patches_stay_whole(self, visual: VisualTokens, call: Mapping[str, Any]) -> bool:
+        """Whether each visual token of this prompt still is one patch: nothing pooled or resized on its way."""
+        return self.patchwise
 
     # Rotary position embedding of the decoder -------------------------------------------------------------------------
     def rotary(self, layer: int, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,3 +226,20 @@ class Adapter(ABC):
         """Queries and keys [B, H, N, D] of decoder layer `layer` with their positions turned in."""
         home = sys.modules[type(self.decoder_attention(layer)).__module__]
         return home.apply_rotary_pos_emb(q, k, cos, sin)
+
+    def decoder_states(
+        self, layer: int, name: str, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries (name "q") or keys ("k") [B, H, N, d] as attention sees them, from their projection [B, N, H * d]."""
+        attention = self.decoder_attention(layer)
+        heads = projected.unflatten(-1, (-1, attention.head_dim))  # [B, N, H, d]
+        norm = getattr(attention, f"{name}_norm", None)
+        if norm is not None:
+            heads = norm.forward(heads)  # past its hooks: the layer's own call has fired them
+        heads = heads.transpose(1, 2)
+        none = heads[:, :0]
+        return (
+            self.rotate(layer, heads, none, cos, sin)[0]
+            if name == "q"
+            else self.rotate(layer, none, heads, cos, sin)[1]
+        )

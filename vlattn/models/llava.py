@@ -10,7 +10,7 @@ from vlattn.models.adapter import Adapter
 
 
 class LlavaAdapter(Adapter):
-    model_types = ("llava",)
+    model_types: tuple[str, ...] = ("llava",)
 
     @property
     def tower(self) -> Any:

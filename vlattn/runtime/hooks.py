@@ -15,6 +15,7 @@ class HookSet:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """`hook(module, args, kwargs)` runs before `module`; it may return new (args, kwargs)."""
@@ -27,9 +28,15 @@ class HookSet:
         """
         self._handles.append(module.register_forward_hook(hook, prepend=True))
 
+    def also(self, undo: Callable[[], None]) -> None:
+        """Call `undo()` when the hooks are removed."""
+        self._undo.append(undo)
+
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        while self._undo:
+            self._undo.pop()()
 
 
 def as_keywords(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +23,33 @@ def describe_machine(device: str | torch.device = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None}
+        | {"torch": str(torch.__version__)},  # says what it was built for, too
     }
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return found
+
+
+def describe_run(model: Any) -> dict[str, Any]:
+    """Where a live model runs and how, as records and reports keep it: flat, and the same keys on every machine.
+
+    model: a transformers model; its first parameter tells device and dtype.
+    """
+    first = next(model.parameters())
+    machine = describe_machine(first.device)
+    versions: Any = machine["versions"]
+    return {
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
+        "machine": machine.get("gpu", machine["cpu"]),
+        "device": machine["device"],
+        "system": machine["system"],
+        "threads": machine["threads"],
+        "cores": machine["cores"],
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "attn_implementation": model.config._attn_implementation,
+    }
 
 
 def cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""All that is attached to one model: shared hooks, the visual tokens of the prompt at hand, and the edit at place 0."""
+"""All that is attached to one model: shared hooks, the visual tokens of the prompt at hand, and the edits to it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,37 @@ import torch
 from torch import nn
 
 from vlattn.errors import InputError
+from vlattn.runtime.decoder import DecoderCuts
 from vlattn.runtime.hooks import HookSet, as_keywords, cached_length
-from vlattn.runtime.sequence import Positions, ShortPrompt, shorten_prompt, shorten_step
+from vlattn.runtime.labels import LabelledCall
+from vlattn.runtime.sequence import (
+    Positions,
+    Segment,
+    ShortPrompt,
+    short_step_mask,
+    shorten_prompt,
+    shorten_step,
+    valid_columns,
+)
 from vlattn.runtime.tokens import VisualTokens
 
 if TYPE_CHECKING:
     from vlattn.models.adapter import Adapter
     from vlattn.runtime.trace import Trace
 
+# (inputs_embeds [B, T, D], visual tokens, keyword arguments of the multimodal forward)
+# -> (what leaves, bool [B, T], new inputs_embeds or None).
+PromptChooser = Callable[[torch.Tensor, VisualTokens, dict[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
+
 
 class Session:
-    """Shared by every intervention on one model, so that nested contexts see each other; gone with the last of them."""
+    """Shared by every intervention on one model, so that nested contexts see each other; gone with the last of them.
+
+    positions: how position ids follow a drop in front of the decoder.
+    drops_features: whether somebody marks pruned image features (as NaN), so that a prompt without marks is an error.
+    choosers: what decides at the decoder's door which visual tokens leave, features as the decoder would get them.
+    cuts: what is dropped inside the decoder.
+    """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self.model, self.adapter = model, adapter
@@ -29,28 +49,47 @@ class Session:
         self.visual: VisualTokens | None = None
         self.positions: Positions = "compact"
         self.drops_features = False
+        self.choosers: list[PromptChooser] = []
+        self.cuts = DecoderCuts(adapter)
+        self._call: dict[str, Any] = {}
         self._short: ShortPrompt | None = None
+        self._mask_is_short = False
         self._hooks = HookSet()
-        self._hooks.before(model, self._refuse_labels)
+        self._labels = LabelledCall(model, self)
+        self._hooks.before(model, self._labels.take)
+        self._hooks.after(model, self._labels.give)
         self._hooks.before(adapter.multimodal, self._read_prompt)
         self._hooks.before(adapter.language_model, self._edit_sequence)
+        self._hooks.after(adapter.language_model, self._finish)
+        self._hooks.also(adapter.remember_sizes().remove)
 
     def close(self) -> None:
         self._hooks.remove()
+        self.cuts.close()
 
-    def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.drops_features and as_keywords(module, args, kwargs).get("labels") is not None:
-            raise InputError(
-                "labels: they count the full prompt, and the logits of a pruned one are fewer; "
-                "leave labels out and take the loss over the last positions of the logits yourself"
-            )
+    @property
+    def drops(self) -> bool:
+        """Whether positions may leave a prompt."""
+        return self.drops_features or bool(self.choosers) or bool(self.cuts.requests)
 
-    def _read_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @property
+    def surviving(self) -> Segment | None:
+        """Positions of the full prompt that the logits of the last prefill stand for; None for all."""
+        inside = self.cuts.surviving()
+        if self._short is None or inside is None:
+            return inside if self._short is None else self._short.segment
+        return inside.within(self._short.segment)
+
+    def _implementation(self) -> str:
+        return self.adapter.text_config._attn_implementation or "eager"
+
+    def _read_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
         """Before the multimodal forward: a prefill forgets the last prompt and finds the visual tokens of this one."""
         call = as_keywords(module, args, kwargs)
-        if cached_length(call):
-            return
-        self._short = None
+        self._mask_is_short = False
+        if cached := cached_length(call):
+            return self._shorten_mask_early(call, cached)
+        self._short, self._call = None, call
         self.visual = self.adapter.visual_tokens(call)
         mask = call.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all()):
@@ -63,31 +102,87 @@ class Session:
                 f"input_ids: the prompt has no visual tokens (placeholder id {self.adapter.image_token_id}); "
                 "give an image, or leave the context for text-only prompts"
             )
+        return None
+
+    def _shorten_mask_early(self, call: dict[str, Any], cached: int) -> tuple | None:
+        """A decode step of a family whose multimodal forward makes the masks, sized by the (shorter) cache."""
+        mask = call.get("attention_mask")
+        if self._short is None or not self.adapter.masks_above_decoder:
+            return None
+        if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim != 2):
+            return None
+        ids = call.get("input_ids")
+        new = (call["inputs_embeds"] if ids is None else ids).shape[1]
+        generated = cached - self._short.segment.length
+        short = short_step_mask(call, self._short.segment, generated, new, self._implementation())
+        self._mask_is_short = True
+        return (), {**call, "attention_mask": short}
 
     def _edit_sequence(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
         """Before the language model: drop the placeholders whose feature was pruned (they arrive as NaN)."""
         call = as_keywords(module, args, kwargs)
-        if cached_length(call):
+        if cached := cached_length(call):
             self._refuse_late_images(call)
-            return None if self._short is None else ((), shorten_step(call, self._short, self.positions))
-        if self.visual is None or call.get("inputs_embeds") is None:
+            self.cuts.begin_step(cached)
+            if self._short is None:
+                return None
+            return (), shorten_step(call, self._short, self._implementation(), mask_is_short=self._mask_is_short)
+        embeds = call.get("inputs_embeds")
+        if self.visual is None or embeds is None:
             return None
+        if self.cuts.requests:
+            self._refuse_checkpointing(module)
+        drop, call = self._dropped(embeds, call)
+        valid = valid_columns(call.get("attention_mask"), *drop.shape, drop.device)
+        full, new = int(valid.sum(1).max()), None if call["inputs_embeds"] is embeds else call
+        if bool(drop.any()):
+            new, self._short = shorten_prompt(call, drop, self.positions, self._implementation())
+        place = None if self._short is None else self._short.segment
+        alive = valid if place is None else place.alive
+        self.cuts.begin_prefill(alive, self.visual, place)
+        for trace in self.traces:
+            trace.prompt_length = full
+            trace.kept_length = int(alive.sum(1).max())
+            trace.visual_full = self.visual.mask.sum(1).tolist()
+        if self.cuts.takes_deepstack:
+            new = self.cuts.take_deepstack(call if new is None else new)
+        return None if new is None else ((), new)
+
+    def _dropped(self, embeds: torch.Tensor, call: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Which positions leave in front of the decoder, bool [B, T], and the call with features as they then are."""
+        assert self.visual is not None
         # NaN marks a dropped feature: the mark travels with the data through beams, expansion and reordering.
-        drop = self.visual.mask & call["inputs_embeds"][..., 0].isnan()
-        drops = bool(drop.any())
-        if self.drops_features and not drops:
+        drop = self.visual.mask & embeds[..., 0].isnan()
+        if self.drops_features and not bool(drop.any()):
             raise InputError(
                 "pixel_values: the image features were computed outside this context, so they are not pruned; "
                 "give pixel_values (not precomputed features) inside the context"
             )
-        valid, new = call.get("attention_mask"), None
-        full = int(valid.sum(-1).max()) if isinstance(valid, torch.Tensor) and valid.ndim == 2 else drop.shape[1]
-        if drops:
-            new, self._short = shorten_prompt(call, drop, self.positions)
-        for trace in self.traces:
-            trace.prompt_length = full
-            trace.kept_length = full if new is None else new["inputs_embeds"].shape[1]
-        return None if new is None else ((), new)
+        for choose in self.choosers:
+            leaves, replaced = choose(call["inputs_embeds"], self.visual, self._call)
+            if replaced is None:
+                drop = drop | leaves
+            else:
+                drop, call = leaves, {**call, "inputs_embeds": replaced}
+        return drop, call
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the language model: tell what happened at prefill, and let go of the prompt's tensors."""
+        cuts = self.cuts
+        if cuts.prefill and cuts.now is not None:
+            lengths, visual, kept = cuts.lengths(), cuts.visual_by_layer(), cuts.kept()
+            for trace in self.traces:
+                trace.decoder_lengths, trace.visual_by_layer, trace.kept_in_decoder = lengths, visual, kept
+                trace.masked = cuts.hides
+        cuts.end()
+        self._call = {}
+
+    def _refuse_checkpointing(self, module: Any) -> None:
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise InputError(
+                "model: gradient checkpointing runs layers again in backward, which cuts inside the decoder cannot "
+                "follow; call model.gradient_checkpointing_disable()"
+            )
 
     def _refuse_late_images(self, call: dict[str, Any]) -> None:
         """A prompt in pieces: features after cached positions would reach the decoder with their NaN marks."""

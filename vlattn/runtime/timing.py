@@ -46,11 +46,18 @@ class Timing:
 
     def over(self, other: Timing) -> Spread:
         """This arm's time over the other's, round by round: what slows a whole round down cancels out."""
+        return Spread.of([a / b for a, b in self._rounds(other)])
+
+    def minus(self, other: Timing) -> Timing:
+        """What is left of each round after the other's time, as decoding is what is left after the first token."""
+        return Timing(tuple(a - b for a, b in self._rounds(other)))
+
+    def _rounds(self, other: Timing) -> list[tuple[int, int]]:
         if len(self.nanoseconds) != len(other.nanoseconds):
             raise InputError(
                 f"other: {len(other.nanoseconds)} rounds against {len(self.nanoseconds)}; give arms of one interleave"
             )
-        return Spread.of([a / b for a, b in zip(self.nanoseconds, other.nanoseconds, strict=True)])
+        return list(zip(self.nanoseconds, other.nanoseconds, strict=True))
 
 
 def synchronize() -> None:
@@ -68,6 +75,7 @@ def interleave(
     *,
     clock: Clock = time.perf_counter_ns,
     wait: Callable[[], None] = synchronize,
+    after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time every arm `repeats` times in this process, A B A B ..., after `warmup` rounds of the same.
 
@@ -78,6 +86,7 @@ def interleave(
         warmup: rounds before them that do not (allocator, autotuning, lazy initialisation).
         clock: in nanoseconds.
         wait: called on both sides of each timed region.
+        after_round: called between rounds, warm-up included, outside what is timed: to show progress.
 
     Returns:
         {name: Timing}; compare two of them by `a.over(b)`.
@@ -98,4 +107,5 @@ def interleave(
                 del result
                 if turn >= warmup:
                     times[name].append(stop - start)
+            after_round()
     return {name: Timing(tuple(found)) for name, found in times.items()}
