@@ -79,10 +79,10 @@ def bench(
     device = next(model.parameters()).device
     if len({tuple(inputs["input_ids"].shape) for inputs in inputs_list}) > 1:
         warmup = max(warmup, len(inputs_list))
-    if roofline is None:
-        step("machine", 0)
-        roofline = measure_roofline(device, model.dtype)
-    with BenchArms(model, methods) as arms:
+    with BenchArms(model, methods) as arms:  # first, so that a refused method costs no time
+        if roofline is None:
+            step("machine", 0)
+            roofline = measure_roofline(device, model.dtype)
         works = _works(arms, inputs_list, new_tokens - 1, step)
         times = _times(arms, inputs_list, new_tokens, repeats, warmup, step)
         stages, same = _stages(arms, inputs_list, new_tokens, stage_repeats, step)

@@ -66,9 +66,10 @@ def work_table(results: Row) -> Table:
     """What there was to do, and what became of the visual tokens."""
     table = _table(
         "work",
-        "prefill GFLOP: two per multiply-accumulate, by formula and as PyTorch counts; x: times vanilla's; KV: the "
-        "cache after the prefill, measured",
-        ("method", "prefill GFLOP", "counted", "tower", "decoder", "decode", "KV KiB", "tokens were"),
+        "below the method: what became of visual tokens; prefill GFLOP: two per multiply-accumulate, by formula and as "
+        "PyTorch counts; x: times vanilla's; KV: the cache after the prefill, measured",
+        ("method", "prefill GFLOP", "counted", "tower", "decoder", "decode", "KV KiB"),
+        width=26,  # of "removed before the decoder"
     )
     cuda = results["arms"][0]["memory"]["measured"]
     if cuda:
@@ -76,14 +77,15 @@ def work_table(results: Row) -> Table:
     for row in results["arms"]:
         ratios, saving = row.get("ratios", {}), row["saving"]
         counted = row["prefill_flops_counted"]["total"]
-        style = "yellow" if saving is not None and saving["kind"] == "masked" else ""
+        name = _name(row)
+        if saving is not None:
+            name.append(f"\n{saving['text']}", style="yellow" if saving["kind"] == "masked" else "dim")
         table.add_row(
-            _name(row),
+            name,
             f"{row['prefill_flops'] / 1e9:.4g}{_times(ratios.get('prefill'))}",
             NA if counted is None else f"{counted / 1e9:.4g}",
             *(_times(ratios.get(name)).strip() for name in ("tower", "decoder", "decode")),
             f"{row['kv_bytes']['used'] / 1024:,.0f}{_times(ratios.get('kv_bytes'))}",
-            Text("" if saving is None else saving["text"], style=style),
             *([f"{row['memory']['above'] / 2**20:,.0f}"] if cuda else []),
         )
     return table
@@ -126,7 +128,7 @@ def floor_table(results: Row) -> Table:
     return table
 
 
-def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
+def _table(title: str, caption: str, columns: Sequence[str], width: int = 12) -> Table:
     table = Table(
         title=title,
         caption=caption,
@@ -136,9 +138,9 @@ def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column(columns[0], overflow="fold", min_width=12)
+    table.add_column(columns[0], overflow="fold", min_width=width)
     for name in columns[1:]:
-        text = name in ("set by", "tokens were", "same ids")
+        text = name in ("set by", "same ids")
         table.add_column(name, justify="left" if text else "right")
     return table
 

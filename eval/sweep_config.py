@@ -38,7 +38,8 @@ VANILLA = SweepArm("vanilla", "vanilla")
 class SweepConfig:
     """A sweep. `read` takes it from a file with these keys.
 
-    methods: {line of the figure: method strings, one for each budget}; vanilla is always run and not listed.
+    methods: {line of the figure: method strings, one for each budget}. Vanilla is always run and not listed; the others
+        are compared with it, and with the line called `random` where there is one.
     images: how many, drawn by `seed` among those that POPE can ask about.
     model, dtype, device: as `vlattn.load` takes them.
     data: `val` or `shift` of tiny COCO, or {images: folder, instances: file, captions: file} in COCO format.
@@ -65,6 +66,8 @@ class SweepConfig:
             raise InputError(f"methods: got {self.methods!r}; write a list of method strings under each name")
         seen: dict[str, str] = {}
         for name, settings in self.methods.items():
+            if name == VANILLA.method:
+                raise InputError("methods: vanilla is always run; leave it out")
             if isinstance(settings, str) or not isinstance(settings, list | tuple) or not settings:
                 raise InputError(f"methods: {name} has {settings!r}; write a list of method strings under it")
             for setting in settings:

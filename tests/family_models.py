@@ -35,6 +35,8 @@ def model(
 ) -> Any:
     """A tiny random model of `family`: patches of 4 px, 4 query heads on 2 key heads of width 8 in the decoder.
 
+    attn: stock eager attention of left-padded prompts is NaN in fp64 (its softmax in fp32 overflows the mask's lowest
+        number); take fp32 with "eager".
     changes: entries of the outer config, in place of those chosen here.
     """
     name, make = _MODELS[family]

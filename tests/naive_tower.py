@@ -66,25 +66,28 @@ def with_features(
         {inputs_embeds, attention_mask}.
     """
     table, placeholder = model.get_input_embeddings().weight, model.config.image_token_id
-    rows, image = [], 0
+    rows: list[torch.Tensor] = []
+    image = 0
     for tokens, alive in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
-        row, at = [], 0
+        pieces: list[torch.Tensor] = []
+        at = 0
         while at < len(tokens):
             if alive[at] and tokens[at] == placeholder:
-                row.append(features[image])
+                pieces.append(features[image])
                 image += 1
                 while at < len(tokens) and tokens[at] == placeholder:
                     at += 1
             else:
-                row += [table[tokens[at]][None]] * alive[at]
+                pieces += [table[tokens[at]][None]] * alive[at]
                 at += 1
-        rows.append(torch.cat(row))
+        rows.append(torch.cat(pieces))
     assert image == len(features)
     longest = max(map(len, rows))
     embeds = torch.zeros(len(rows), longest, table.shape[1], dtype=table.dtype)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for b, row in enumerate(rows):
-        embeds[b, longest - len(row) :], mask[b, longest - len(row) :] = row, 1
+        embeds[b, longest - len(row) :] = row
+        mask[b, longest - len(row) :] = 1
     return {"inputs_embeds": embeds, "attention_mask": mask}
 
 

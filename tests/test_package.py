@@ -64,8 +64,8 @@ def test_every_exported_name_resolves_to_its_namesake_and_unknown_names_do_not()
         assert found.__name__ == name
         assert name in dir(vlattn)
         assert found.__doc__
-    with pytest.raises(AttributeError, match="no attribute 'FastV'"):
-        vlattn.FastV  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'FastVV'"):
+        vlattn.FastVV  # noqa: B018
 
 
 def test_an_input_error_is_a_value_error_so_that_callers_may_catch_either() -> None:

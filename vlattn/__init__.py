@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from vlattn.interventions.base import compose as compose
     from vlattn.interventions.divprune import DivPrune as DivPrune
     from vlattn.interventions.dyvte import DyVTE as DyVTE
+    from vlattn.interventions.fastv import FastV as FastV
     from vlattn.interventions.flowcut import FlowCut as FlowCut
+    from vlattn.interventions.pyramiddrop import PyramidDrop as PyramidDrop
     from vlattn.interventions.hiprune import HiPrune as HiPrune
     from vlattn.interventions.prumerge import PruMerge as PruMerge
     from vlattn.interventions.random_prune import RandomPrune as RandomPrune
+    from vlattn.interventions.sparsevlm import SparseVLM as SparseVLM
     from vlattn.interventions.tome import ToMe as ToMe
     from vlattn.interventions.uniform_prune import UniformPrune as UniformPrune
     from vlattn.interventions.visionzip import VisionZip as VisionZip
@@ -45,10 +48,13 @@ _HOMES = {
     "compose": "vlattn.interventions.base",
     "DivPrune": "vlattn.interventions.divprune",
     "DyVTE": "vlattn.interventions.dyvte",
+    "FastV": "vlattn.interventions.fastv",
     "FlowCut": "vlattn.interventions.flowcut",
+    "PyramidDrop": "vlattn.interventions.pyramiddrop",
     "HiPrune": "vlattn.interventions.hiprune",
     "PruMerge": "vlattn.interventions.prumerge",
     "RandomPrune": "vlattn.interventions.random_prune",
+    "SparseVLM": "vlattn.interventions.sparsevlm",
     "ToMe": "vlattn.interventions.tome",
     "UniformPrune": "vlattn.interventions.uniform_prune",
     "VisionZip": "vlattn.interventions.visionzip",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import vlattn
 from vlattn.cli.methods import first_sentence, methods
 from vlattn.errors import InputError
-from vlattn.interventions.registry import METHODS
+from vlattn.interventions.registry import METHODS, parse_method
 from vlattn.models.registry import families
 
 Invoke = Callable[..., Any]
@@ -51,6 +53,16 @@ def test_families_that_a_method_refuses_are_shown_with_the_reason(
     assert "families: none" in shown
     refused = f"not {', '.join(families())}: its tower has no CLS token"
     assert refused in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_example_of_every_method_is_one_that_commands_and_python_take(invoke: Invoke, name: str) -> None:
+    shown = invoke(methods, name).output
+    example = re.search(r"--method (\S+)", shown)
+    call = re.search(r"with vlattn\.(.+)\(model\)", shown)
+    assert example
+    assert call
+    assert parse_method(example[1]) == eval(f"vlattn.{call[1]}", {"vlattn": vlattn})  # what a reader would paste
 
 
 def test_json_holds_the_same_as_plain_data(invoke: Invoke) -> None:

@@ -70,3 +70,12 @@ def test_a_family_that_a_user_registers_is_listed_with_what_refuses_it(
     assert set(own["refused"].values()) == {reason}
     assert stock["methods"] == list(METHODS)
     assert "methods: none" in invoke(models).output
+
+
+def test_the_documented_table_is_what_the_classes_say() -> None:
+    from pathlib import Path
+
+    from vlattn.cli.models import as_markdown, model_families
+
+    documented = Path(__file__).parents[2] / "docs" / "families.md"
+    assert documented.read_text() == as_markdown(model_families()), "run: vlattn models --markdown > docs/families.md"

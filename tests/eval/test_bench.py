@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from torch import nn
 
 import vlattn
 from vlattn.errors import InputError
+from vlattn.eval.answer import environment
 from vlattn.eval.bench import bench, bench_steps, check_neutral
 from vlattn.eval.bench_arms import Arm, BenchArms, FirstToken, twin
 from vlattn.eval.bench_inputs import find_images, make_inputs
@@ -30,7 +33,9 @@ from vlattn.models.registry import adapter_for
 from vlattn.runtime.decoder import Cut, Request
 from vlattn.runtime.hooks import HookSet, as_keywords, cached_length
 from vlattn.runtime.layer_state import LayerState
+from vlattn.runtime.machine import describe_machine
 from vlattn.runtime.session import Session
+from vlattn.runtime.timing import Timing, interleave
 from vlattn.runtime.trace import Trace
 
 Prompts = Callable[..., dict[str, Any]]
@@ -154,7 +159,7 @@ def test_results_are_plain_json_and_name_the_setting(results: dict[str, Any]) ->
 
 @pytest.mark.parametrize("width", [100, 120])
 def test_the_tables_fit_the_terminal_and_show_every_arm(results: dict[str, Any], width: int) -> None:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     results["warnings"].append("mind this")
     for table in bench_tables(results):
         console.print(table)
@@ -396,6 +401,39 @@ def test_a_bench_runs_on_families_with_other_towers(families: ModuleType, family
     assert row["ratios"]["tower"] == 1 > row["ratios"]["decoder"]
     for stage in ("vision", "projector", "prefill", "decode"):
         assert vanilla["stages"][stage]["median"] > 0
+
+
+# Clock and machine ----------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_shown_between_rounds_and_costs_them_nothing() -> None:
+    now, log = [0], []
+
+    def arm(name: str, time: int) -> Callable[[], None]:
+        return lambda: (log.append(name), now.__setitem__(0, now[0] + time))[0]
+
+    def show() -> None:
+        log.append("|")
+        now[0] += 1000
+
+    arms = {"a": arm("a", 3), "b": arm("b", 5)}
+    found = interleave(arms, 2, 1, clock=lambda: now[0], wait=lambda: None, after_round=show)
+    assert "".join(log) == "ab|" * 3
+    assert found == {"a": Timing((3, 3)), "b": Timing((5, 5))}
+    assert found["b"].minus(found["a"]) == Timing((2, 2))
+    with pytest.raises(InputError, match="give arms of one interleave"):
+        found["b"].minus(Timing((1,)))
+
+
+def test_records_and_reports_describe_the_machine_alike(model: Any) -> None:
+    """The keys that records have had from the start stay, with the values they had."""
+    found, machine = environment(model), describe_machine("cpu")
+    assert found["machine"] == machine["cpu"]
+    assert (found["threads"], found["cores"]) == (machine["threads"], machine["cores"])
+    assert found["torch"] == torch.__version__ == machine["versions"]["torch"]  # type: ignore[index]
+    assert found["transformers"] == transformers.__version__
+    assert (found["dtype"], found["attn_implementation"]) == ("float32", "sdpa")
+    assert {"vlattn", "python", "numpy", "pycocotools", "device", "system"} < set(found)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_the_decoder_gets_the_most_diverse_features_in_raster_order(
     model = llava(layers=3, **options)
     inputs, lead, expected, ids = prompts(model, images=(1, 2)), int(options.get("strategy") == "full"), [], []
     for image in tiny.features(model, inputs["pixel_values"]).detach():
-        count = method.keep or round(method.ratio * len(image))
+        count = method.keep or round((method.ratio or 0) * len(image))
         ids.append(sorted(picks_by_matrix(image[lead:], count - lead)))
         expected.append(image[list(range(lead)) + [i + lead for i in ids[-1]]])
     trace = naive_tower.assert_decodes_as(model, inputs, method, expected)

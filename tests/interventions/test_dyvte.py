@@ -40,11 +40,17 @@ def deciding(model: Any, decisions: str) -> DyVTEGates:
     """Gates that always say what `decisions` spells, one letter a layer: `k` keep, `e` exit."""
     gates = random_gates(model, hidden=2)
     with torch.no_grad():
-        for gate, letter in zip(gates.layers, decisions, strict=True):
+        for layer, letter in enumerate(decisions):
+            gate = gates.gate(layer)
             gate.w1[1] = -gate.w1[0]  # GELU(x) + GELU(-x) = x erf(x / sqrt 2) is above 0
             gate.w2.zero_()
             gate.w2[1 if letter == "e" else 0] = 1
     return gates
+
+
+def note(trace: Trace, name: str) -> Any:
+    """What the method noted about the last prompt."""
+    return trace.notes[name]
 
 
 def lengths(output: Any) -> list[int]:
@@ -81,7 +87,7 @@ def test_a_threshold_of_1_gives_the_vanilla_logits_and_tokens_bit_for_bit(model:
     with vlattn.DyVTE(random_gates(model), threshold=1.0, batch_policy="all")(model) as trace:
         assert torch.equal(model(**inputs).logits, vanilla)
         assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
-    assert trace.notes["exit_layer"] == [-1, -1]
+    assert note(trace, "exit_layer") == [-1, -1]
     assert trace.kept_in_decoder == {}
 
 
@@ -130,7 +136,8 @@ def test_cached_decoding_equals_recomputing_prompt_and_tokens_with_the_same_exit
     layer: int, model: Any, inputs: dict[str, torch.Tensor], tiny: ModuleType
 ) -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    full, visual, found = ids.shape[1], tiny.per_image(model), []
+    full, visual = ids.shape[1], tiny.per_image(model)
+    found: list[torch.Tensor] = []
     with vlattn.DyVTE(exit_layer=layer)(model), torch.no_grad():
         output = model(**inputs, use_cache=True)
         for step in range(1, 5):
@@ -163,7 +170,7 @@ def test_the_trace_tells_what_each_layer_processes(
     visual, full = tiny.per_image(model), inputs["input_ids"].shape[1]
     with vlattn.DyVTE(exit_layer=1)(model) as trace:
         model(**inputs)
-    assert trace.notes["exit_layer"] == [1]
+    assert note(trace, "exit_layer") == [1]
     assert trace.visual_by_layer == [[visual], [visual], [0], [0], [0], [0]]
     assert trace.decoder_lengths == [full, full, full - visual, full - visual, full - visual]
     assert trace.budget()["average"] == visual * 2 / LAYERS
@@ -190,9 +197,8 @@ def test_the_first_gate_that_says_exit_wins_and_none_above_it_is_asked(
     with vlattn.DyVTE(gates)(model) as trace:
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert asked == (exits + 1 if exits >= 0 else LAYERS)  # and none while decoding
-    assert trace.notes["exit_layer"] == [exits]
-    probability = trace.notes["exit_probability"]
-    assert isinstance(probability, dict)
+    assert note(trace, "exit_layer") == [exits]
+    probability = note(trace, "exit_probability")
     assert list(probability) == list(range(asked))
     forced = vlattn.DyVTE(exit_layer=exits) if exits >= 0 else vlattn.DyVTE(gates, threshold=1.0)
     with forced(model):
@@ -224,7 +230,7 @@ def test_gates_read_the_outputs_of_layers_before_the_final_norm(
     for number, hidden in enumerate(outputs):
         u = torch.cat([hidden[0, behind].mean(0), hidden[0, -1]])
         z = gates(number, u[None])
-        assert trace.notes["exit_probability"][number] == pytest.approx(z.softmax(-1)[:, 1].tolist(), abs=1e-6)
+        assert note(trace, "exit_probability")[number] == pytest.approx(z.softmax(-1)[:, 1].tolist(), abs=1e-6)
 
 
 def test_an_exit_drops_the_visual_tokens_of_all_images(model: Any, prompts: Make, tiny: ModuleType) -> None:
@@ -241,7 +247,7 @@ def test_a_higher_threshold_never_exits_earlier(model: Any, inputs: dict[str, to
     def exit_at(gates: DyVTEGates, threshold: float) -> int:
         with vlattn.DyVTE(gates, threshold=threshold)(model) as trace:
             model(**inputs)
-        (found,) = trace.notes["exit_layer"]  # type: ignore[misc]
+        (found,) = note(trace, "exit_layer")
         return LAYERS if found < 0 else found
 
     seen: set[int] = set()
@@ -260,7 +266,7 @@ def test_each_prefill_decides_anew(model: Any, prompts: Make) -> None:
         for n in range(3):
             with vlattn.DyVTE(gates)(model) as trace:
                 model(**prompts(model, (1,), seed=n))
-            alone.append(trace.notes["exit_layer"])
+            alone.append(note(trace, "exit_layer"))
         if len({str(found) for found in alone}) > 1:
             break
     else:
@@ -268,7 +274,7 @@ def test_each_prefill_decides_anew(model: Any, prompts: Make) -> None:
     with vlattn.DyVTE(gates)(model) as trace:
         for n in (0, 1, 2, 1, 0):
             model.generate(**prompts(model, (1,), seed=n), max_new_tokens=3)
-            assert trace.notes["exit_layer"] == alone[n]
+            assert note(trace, "exit_layer") == alone[n]
 
 
 def test_half_precision_models_are_gated_in_the_dtype_of_the_gates(llava: Make, prompts: Make) -> None:
@@ -280,7 +286,7 @@ def test_half_precision_models_are_gated_in_the_dtype_of_the_gates(llava: Make, 
     visual = inputs["input_ids"] == model.config.image_token_id
     span = gate_span(~visual, text_after_image(visual, torch.ones_like(visual)))
     expected = gates(0, gate_input(hidden, span)).softmax(-1)[:, 1].tolist()
-    assert trace.notes["exit_probability"][0] == pytest.approx(expected, abs=1e-7)
+    assert note(trace, "exit_probability")[0] == pytest.approx(expected, abs=1e-7)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -292,8 +298,7 @@ def disagreeing(model: Any, batch: dict[str, torch.Tensor]) -> tuple[DyVTEGates,
         gates = random_gates(model, seed)
         with vlattn.DyVTE(gates, batch_policy="mask")(model) as trace:
             model(**batch)
-        exits = trace.notes["exit_layer"]
-        assert isinstance(exits, list)
+        exits = note(trace, "exit_layer")
         if len(set(exits)) == len(exits) and min(exits) >= 0 and max(exits) < LAYERS - 1:
             return gates, exits
     pytest.fail("no seed makes the prompts disagree")
@@ -317,12 +322,12 @@ def test_with_policy_mask_each_prompt_of_a_padded_batch_answers_as_when_alone(mo
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with vlattn.DyVTE(gates, batch_policy="mask")(model) as trace:
         together = model.generate(**batch, **options)
-    assert trace.notes["exit_layer"] == exits
+    assert note(trace, "exit_layer") == exits
     assert trace.masked
     for row in range(2):
         with vlattn.DyVTE(gates)(model) as trace:
             single = model.generate(**alone(batch, row, images), **options)
-        assert trace.notes["exit_layer"] == [exits[row]]
+        assert note(trace, "exit_layer") == [exits[row]]
         assert torch.equal(single.sequences[0, -4:], together.sequences[row, -4:])
         for a, b in zip(single.logits, together.logits, strict=True):
             torch.testing.assert_close(a[0], b[row], atol=1e-9, rtol=0)
@@ -334,11 +339,10 @@ def test_with_policy_all_the_batch_exits_when_the_last_prompt_wants_to(model: An
     gates, _ = disagreeing(model, batch)
     with vlattn.DyVTE(gates, batch_policy="all")(model) as trace:
         logits = model(**batch).logits[:, -1]
-    probability = trace.notes["exit_probability"]
-    assert isinstance(probability, dict)
+    probability = note(trace, "exit_probability")
     agreed = [layer for layer, row in probability.items() if min(row) > 0.5]
     expected = agreed[0] if agreed else -1
-    assert trace.notes["exit_layer"] == [expected, expected]
+    assert note(trace, "exit_layer") == [expected, expected]
     assert list(probability) == list(range(expected + 1 if agreed else LAYERS))
     forced = vlattn.DyVTE(exit_layer=expected) if agreed else vlattn.DyVTE(gates, threshold=1.0, batch_policy="all")
     with forced(model):
@@ -361,17 +365,16 @@ def test_a_prompt_without_an_image_neither_objects_nor_changes(model: Any, promp
     gates = random_gates(model)
     with vlattn.DyVTE(gates, threshold=1.0, batch_policy="mask")(model) as trace:
         model(**batch)
-    probability = trace.notes["exit_probability"]
-    assert isinstance(probability, dict)
+    probability = note(trace, "exit_probability")
     with_image, without = probability[0]
     threshold = (with_image + without) / 2
     if with_image < without:
         with torch.no_grad():  # the other way round: the prompt with an image wants to exit, the other one does not
-            gates.layers[0].w2.copy_(gates.layers[0].w2.flip(0).clone())
+            gates.gate(0).w2.copy_(gates.gate(0).w2.flip(0).clone())
         threshold = 1 - threshold
     with vlattn.DyVTE(gates, threshold=threshold, batch_policy="all")(model) as trace:
         found = model(**batch).logits[1, -1]
-    assert trace.notes["exit_layer"] == [0, 0]
+    assert note(trace, "exit_layer") == [0, 0]
     torch.testing.assert_close(found, vanilla, atol=1e-10, rtol=0)
 
 
@@ -403,9 +406,31 @@ def test_pruning_in_front_of_the_decoder_leaves_fewer_tokens_to_drop(
     with both(model) as trace:
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert trace.visual_by_layer == [[9], [9], [9], [0], [0], [0]]
-    assert trace.notes["exit_layer"] == [2]
+    assert note(trace, "exit_layer") == [2]
     with vlattn.UniformPrune(keep=9)(model), vlattn.DyVTE(exit_layer=2, batch_policy="mask")(model):
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+
+
+def test_after_fastv_an_exit_drops_the_tokens_that_are_left(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    both = vlattn.compose(vlattn.FastV(keep=9, layer=2), vlattn.DyVTE(deciding(model, "kkkek")))
+    with both(model) as trace:
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        removed = model(**inputs).logits[:, -3:]
+    assert trace.visual_by_layer == [[36], [36], [9], [9], [0], [0]]
+    assert note(trace, "exit_layer") == [3]
+    with vlattn.FastV(keep=9, layer=2)(model), vlattn.DyVTE(exit_layer=3, batch_policy="mask")(model):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+        torch.testing.assert_close(model(**inputs).logits[:, -3:], removed, atol=1e-10, rtol=0)
+
+
+def test_gates_take_tokens_that_fastv_hides_for_visual_ones(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    gates, said = random_gates(model), []
+    for mode in ("drop", "mask"):
+        both = vlattn.compose(vlattn.FastV(keep=9, layer=2, mode=mode), vlattn.DyVTE(gates, threshold=1.0))
+        with both(model) as trace:
+            model(**inputs)
+        said.append([p for (p,) in note(trace, "exit_probability").values()])
+    assert said[0] == pytest.approx(said[1], abs=1e-7)
 
 
 # On every family ------------------------------------------------------------------------------------------------------
@@ -428,7 +453,7 @@ def test_every_family_keeps_its_logits_without_an_exit_and_its_text_behind_one(
         assert torch.equal(model(**inputs).logits, vanilla)
     with vlattn.DyVTE(deciding(model, "ke" + "k" * (layers - 2)), batch_policy="all")(model) as trace:
         removed = model(**inputs).logits[:, -1]
-    assert trace.notes["exit_layer"] == [1, 1]
+    assert note(trace, "exit_layer") == [1, 1]
     assert trace.visual_by_layer == [visual.sum(1).tolist()] * 2 + [[0, 0]] * (layers - 1)
     with vlattn.DyVTE(deciding(model, "ke" + "k" * (layers - 2)), batch_policy="mask")(model):
         hidden = model(**inputs).logits[:, -1]
@@ -460,7 +485,7 @@ def test_gates_are_read_from_a_folder(model: Any, inputs: dict[str, torch.Tensor
     gates.save(tmp_path)
     with vlattn.DyVTE(gates=str(tmp_path))(model) as trace:
         model(**inputs)
-    assert trace.notes["exit_layer"] == [3]
+    assert note(trace, "exit_layer") == [3]
 
 
 def test_a_method_string_names_its_settings() -> None:

@@ -157,7 +157,7 @@ def test_threshold_0_always_exits_and_1_never_does_and_nan_keeps() -> None:
 
 
 def test_swapping_the_output_rows_turns_exit_into_keep_and_equal_rows_never_exit() -> None:
-    gate, u = DyVTEGates(TINY, 16, seed=3).layers[0], torch.randn(50, 12)
+    gate, u = DyVTEGates(TINY, 16, seed=3).gate(0), torch.randn(50, 12)
     before = wants_exit(gate(u))
     assert 0 < int(before.sum()) < 50
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_swapping_the_output_rows_turns_exit_into_keep_and_equal_rows_never_exit
 
 
 def test_the_gates_activation_is_the_exact_gelu() -> None:
-    gate = DyVTEGates(TINY, 16).double().layers[1]
+    gate = DyVTEGates(TINY, 16).double().gate(1)
     u = 3 * torch.randn(4, 12, dtype=torch.float64)
     inner = u @ gate.w1.T
     exact = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))

@@ -127,6 +127,29 @@ def test_masked_decoding_chooses_anew_by_each_new_token(tiny: ModuleType, naive_
             torch.testing.assert_close(out.logits[step][b].double(), expected, atol=1e-5, rtol=0)
 
 
+def test_without_a_cache_every_step_ranks_anew_by_the_newest_token(tiny: ModuleType, naive_pruners: ModuleType) -> None:
+    model = tiny.llava(layers=2, decoder_layers=5)
+    inputs, chosen = tiny.prompts(model, (1, 2)), set()
+    with torch.no_grad(), FastV(keep=5, layer=2)(model):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=4,
+            do_sample=False,
+            use_cache=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    for step in range(4):
+        row = naive_pruners.start(tiny, model, inputs, 0, tokens[0, :step].tolist())
+        row.prompt = len(row.x)
+        with torch.no_grad():
+            expected, _, left = naive_pruners.run(model, row, naive_pruners.fastv(2, 5))
+        torch.testing.assert_close(out.logits[step][0].double(), expected[-1], atol=1e-5, rtol=0)
+        chosen.add(tuple(left[1]))
+    assert len(chosen) > 1
+
+
 def test_budgets_count_each_prompt_by_itself(tiny: ModuleType) -> None:
     model = tiny.llava(layers=2, decoder_layers=6)
     inputs = tiny.prompts(model, (1, 2))

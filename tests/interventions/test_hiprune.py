@@ -103,11 +103,11 @@ def test_the_decoder_gets_anchors_buffers_and_registers_in_raster_order(
     inputs, lead, ids = prompts(model, images=(1, 2)), int(options.get("strategy") == "full"), []
     cls, deep = int("siglip" not in options), model.config.vision_feature_layer % 5 - 1
     for pixels in inputs["pixel_values"]:
-        received = [
+        middle, last = (
             naive_tower.look(model.model.vision_tower, pixels[None], layer).attention[0].mean((0, 1))[cls:]
             for layer in (method.object_layer - 1, deep)
-        ]
-        ids.append(choice_by_loops(*received, method.keep - lead, (6, 6), method.alpha, method.wrap))
+        )
+        ids.append(choice_by_loops(middle, last, method.keep - lead, (6, 6), method.alpha, method.wrap))
     stock = tiny.features(model, inputs["pixel_values"])
     expected = [
         image[list(range(lead)) + [i + lead for i in kept]].detach() for image, kept in zip(stock, ids, strict=True)

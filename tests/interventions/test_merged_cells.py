@@ -32,7 +32,8 @@ class Reference:
 
     def __init__(self, model: Any, inputs: dict[str, torch.Tensor], layers: list[int]) -> None:
         self.model, self.inputs = model, inputs
-        tower, calls, merged = model.model.visual, {}, []
+        tower, merged = model.model.visual, []
+        calls: dict[int, Any] = {}
         hooks = [
             tower.blocks[layer].attn.register_forward_pre_hook(
                 lambda module, args, kwargs, layer=layer: calls.__setitem__(layer, (args, kwargs)), with_kwargs=True

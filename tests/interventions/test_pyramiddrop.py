@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3TextConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vlattn.errors import InputError
-from vlattn.interventions.decoder_pruner import top_visual
+from vlattn.interventions import pyramiddrop
+from vlattn.interventions.decoder_pruner import keep_best, top_visual
 from vlattn.interventions.fastv import last_query_score
 from vlattn.interventions.pyramiddrop import PyramidDrop, probe_projections, stage_counts
+from vlattn.runtime.decoder import Cut
+from vlattn.runtime.layer_state import LayerState
 
 Formula = Callable[..., torch.Tensor]
 Numbers = Callable[[str], torch.Tensor]
@@ -91,6 +95,30 @@ def test_probing_a_layer_does_not_fire_its_hooks_twice(tiny: ModuleType) -> None
     with torch.no_grad(), PyramidDrop(layers=(2,), ratios=(0.5,))(model):
         model(**inputs)
     assert sorted(fired) == sorted(["Linear", "Linear", "LlamaRMSNorm", "LlamaDecoderLayer"])
+
+
+def test_a_sliding_window_is_as_far_as_the_probed_layer_would_look(
+    families: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores: list[torch.Tensor] = []
+
+    def watched(score: torch.Tensor, state: LayerState, keep: list[int]) -> Cut:
+        scores.append(score)
+        return keep_best(score, state, keep)
+
+    monkeypatch.setattr(pyramiddrop, "keep_best", watched)
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    text = families._text(4, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, layer_types=kinds)
+    model = families.model("gemma3", attn="eager", text_config=Gemma3TextConfig(**text))
+    inputs = families.inputs("gemma3", model, batch=1)
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+        for layer in (1, 2):
+            with PyramidDrop(layers=(layer,), ratios=(0.5,))(model):
+                model(**inputs)
+            expected = attentions[layer][:, :, -1].mean(1)
+            torch.testing.assert_close(scores.pop(), expected, atol=1e-6, rtol=0)
+            assert bool((expected[0, :-8] == 0).all()) == (layer == 1)
 
 
 def test_the_default_needs_a_deep_decoder_and_says_so(tiny: ModuleType) -> None:

@@ -25,6 +25,11 @@ from vlattn.interventions.uniform_prune import UniformPrune
         ),
         ("random:keep=9,seed=5", RandomPrune(keep=9, seed=5)),
         (" uniform:keep=9 ", UniformPrune(keep=9)),
+        ("sparsevlm:layers=[1,2],counts=[5,3]", vlattn.SparseVLM(layers=(1, 2), counts=(5, 3))),
+        (
+            "pyramiddrop:layers=[1, 2],ratios=[0.5, 0.25],positions=preserve",
+            vlattn.PyramidDrop(layers=(1, 2), ratios=(0.5, 0.25), positions="preserve"),
+        ),
     ],
 )
 def test_a_short_form_is_the_intervention_it_names(text: str, expected: object) -> None:
@@ -32,8 +37,10 @@ def test_a_short_form_is_the_intervention_it_names(text: str, expected: object) 
 
 
 def test_every_method_can_be_named_and_is_exported() -> None:
+    needed = {"fastv": ":keep=4", "flowcut": ":keep=4", "random": ":keep=4", "uniform": ":keep=4", "divprune": ":keep=4"}
+    needed |= {"tome": ":keep=4"}
     for name, cls in METHODS.items():
-        assert type(parse_method(f"{name}:keep=4")) is cls
+        assert type(parse_method(name + needed.get(name, ""))) is cls
         assert getattr(vlattn, cls.__name__) is cls
 
 
@@ -46,7 +53,7 @@ def test_methods_joined_by_plus_are_composed_or_refused_as_compose_does() -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fastv:keep=3", "'fastv' is unknown; known: vanilla, flowcut, random, uniform"),
+        ("fastvv:keep=3", "'fastvv' is unknown; known: vanilla, divprune, dyvte, fastv, flowcut, hiprune"),
         ("", "'' is unknown"),
         ("flowcut", "flowcut needs keep; write flowcut:keep=VALUE"),
         ("flowcut:count=per_image", "needs keep"),

@@ -36,7 +36,7 @@ def methods(
     if name is None:
         console.print(
             f"{len(found)} methods. In full: vlattn methods {found[0].name}. For commands: "
-            f"--method {_example(found[0])}; joined by + to compose.",
+            f"--method {_command(found[0])}; joined by + to compose.",
             soft_wrap=True,
             highlight=False,
         )
@@ -52,7 +52,7 @@ def _entry(about: Description) -> Any:
         _title(about),
         Padding(Text(_source(about)), (0, 0, 0, 2)),
         Padding(_knob_table(about, in_full=False), (0, 0, 0, 2)),
-        Padding(Text(f"families: {', '.join(about.families) or 'none'}\n", style="dim"), (0, 0, 0, 2)),
+        Padding(Text(f"families: {_families(about)}\n", style="dim"), (0, 0, 0, 2)),
     )
 
 
@@ -70,10 +70,10 @@ def _page(about: Description) -> Any:
         Text(f"{_source(about)}\n"),
         Text(f"{about.text}\n"),
         _knob_table(about, in_full=True),
-        Text(f"families: {', '.join(about.families) or 'none'}"),
+        Text(f"families: {_families(about)}"),
         *([Text(refused)] if refused else []),
-        Text(f"\ncommands:  --method {_example(about)}"),
-        Text(f"Python:    with vlattn.{about.cls}({_arguments(about)})(model) as trace: ..."),
+        Text(f"\ncommands:  --method {_command(about)}"),
+        Text(f"Python:    with vlattn.{_call(about)}(model) as trace: ..."),
     )
 
 
@@ -120,15 +120,29 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[^.]{3})\.\s|;\s| \(|\.$", text, maxsplit=1)[0]
 
 
-def _arguments(about: Description) -> str:
-    """What has to be given, in Python; 64 stands for any number."""
-    return ", ".join(f"{knob.name}=64" if knob.kind == "int" else f"{knob.name}=..." for knob in _needed(about))
+def _families(about: Description) -> str:
+    return ", ".join(about.families) or "none" if about.refused else f"all {len(about.families)} (vlattn models)"
 
 
-def _example(about: Description) -> str:
-    needed = ",".join(f"{knob.name}=64" if knob.kind == "int" else f"{knob.name}=VALUE" for knob in _needed(about))
-    return f"{about.name}:{needed}" if needed else about.name
+def _example(about: Description) -> dict[str, object]:
+    """Settings that make the method: none, what is required, or `keep` where one of several has to be chosen."""
+    from vlattn.errors import InputError
+    from vlattn.interventions.registry import METHODS
+
+    required: dict[str, object] = {knob.name: 64 for knob in about.knobs if knob.required}
+    try:
+        METHODS[about.name](**required)
+    except InputError:
+        return {"keep": 64}
+    return required
 
 
-def _needed(about: Description) -> list[Knob]:
-    return [knob for knob in about.knobs if knob.required]
+def _command(about: Description) -> str:
+    """How --method takes it."""
+    settings = ",".join(f"{name}={value}" for name, value in _example(about).items())
+    return f"{about.name}:{settings}" if settings else about.name
+
+
+def _call(about: Description) -> str:
+    """How Python takes it."""
+    return f"{about.cls}({', '.join(f'{name}={value}' for name, value in _example(about).items())})"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data instead of a table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/families.md.")] = False,
 ) -> None:
     """List the model families that methods can be put on, by the model_type in a model's config.json.
 
@@ -25,6 +26,9 @@ def models(
     from rich.text import Text
 
     found = model_families()
+    if markdown:
+        typer.echo(as_markdown(found), nl=False)
+        return
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -59,6 +63,35 @@ def model_families() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def as_markdown(families: list[dict[str, Any]]) -> str:
+    """Methods against families, and under the table why the empty cells are empty."""
+    from vlattn.interventions.registry import METHODS
+
+    names = [family["model_type"] for family in families]
+    lines = [
+        "# Which method works on which model family",
+        "",
+        "Printed by `vlattn models --markdown`. A test puts every method on a random model of every family marked `x`, in "
+        "left-padded batches, on eager and sdpa attention, in fp32 and bf16, with cached generation; where there is no "
+        "`x`, attaching raises an error with the reason below.",
+        "",
+        f"| method | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    why: dict[tuple[str, str], list[str]] = {}
+    for method in METHODS:
+        cells = []
+        for family in families:
+            reason = family["refused"].get(method)
+            cells.append("" if reason else "x")
+            if reason:
+                why.setdefault((method, reason), []).append(family["model_type"])
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines += ["", "Why not:", ""]
+    lines += [f"- {method} on {', '.join(on)}: {reason}." for (method, reason), on in why.items()]
+    return "\n".join(lines) + "\n"
 
 
 def tower_type(model_type: str) -> str | None:

@@ -33,7 +33,8 @@ class DyVTE(Intervention):
     Text keeps its position ids. Gates are not asked again while decoding. In the trace's notes, `exit_layer` has one
     entry for each prompt, -1 for none, and `exit_probability` is {layer: one entry for each prompt} of gates asked.
 
-    gates: a folder that `vlattn train dyvte` wrote, or such gates loaded; "auto" is those embedded for the tiny model.
+    gates: a folder that `vlattn train dyvte` wrote, or such gates loaded, which run in their own dtype; "auto" is those
+        embedded for the tiny model.
     exit_layer: exit after this layer (0-based) whatever gates would say; None asks them.
     batch_policy: where prompts of a batch may disagree: "single" takes one prompt at a time, as the released code does;
         "all" exits when every prompt wants to; "mask" lets each exit for itself by hiding its visual keys, which saves
@@ -71,10 +72,9 @@ class DyVTE(Intervention):
             session.cuts.after(request, hooks)
 
     def _gates_of(self, session: Session) -> DyVTEGates:
-        """A copy of the gates, each beside its layer."""
-        given = self.gates if isinstance(self.gates, DyVTEGates) else load_gates(self.gates)
-        given.check(session.adapter)
-        gates = copy.deepcopy(given).requires_grad_(False)
+        """The gates, each on the device of its layer; of gates that were given, a copy."""
+        gates = copy.deepcopy(self.gates) if isinstance(self.gates, DyVTEGates) else load_gates(self.gates)
+        gates.check(session.adapter)
         for gate, layer in zip(gates.layers, session.adapter.decoder_layers, strict=True):
             gate.to(next(layer.parameters()).device)
         return gates
@@ -94,9 +94,9 @@ class _Run:
         """After a layer: who exits here loses all visual tokens that are left."""
         if state.layer == self.first:
             self._begin(state)
-        exited = torch.tensor([layer >= 0 for layer in self.exit_layer], device=state.hidden.device)
-        if bool(exited.all()):
+        if min(self.exit_layer) >= 0:
             return None  # the first exit counts: gates above it are not asked
+        exited = torch.tensor([layer >= 0 for layer in self.exit_layer], device=state.hidden.device)  # [B]
         leaves = ~exited if self.gates is None else self._wants(state, self.gates) & ~exited  # [B]
         if not bool(leaves.any()):
             return None

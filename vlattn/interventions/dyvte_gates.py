@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -179,9 +179,13 @@ class DyVTEGates(nn.Module):
         total = sum(float(weight.detach().double().abs().sum()) for weight in self.parameters())
         return f"DyVTEGates({self.made_for.name or self.made_for.model_type}, {self.gate_hidden}, sum {total:.6g})"
 
+    def gate(self, layer: int) -> Gate:
+        """The gate after decoder layer `layer`."""
+        return cast(Gate, self.layers[layer])
+
     def forward(self, layer: int, u: torch.Tensor) -> torch.Tensor:
         """Logits [B, 2] of the gate after decoder layer `layer` for its input [B, 2C]."""
-        return self.layers[layer](u)
+        return self.gate(layer)(u)
 
     def check(self, adapter: Adapter) -> None:
         """Raise InputError unless the gates were made for this model."""

@@ -46,7 +46,7 @@ def last_query_score(
 def mean_query_score(
     q: torch.Tensor, k: torch.Tensor, *, scale: float, key_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention that each position receives, averaged over heads and over all queries, as the paper's text defines it.
+    """Attention that each position receives, averaged over heads and over all queries, as the paper defines it.
 
     A query before the position cannot see it and counts as 0, so early positions rank higher than they would by the
     queries that do see them.
@@ -101,7 +101,7 @@ class FastV(DecoderPruner):
     average_keep: visual tokens that a decoder layer processes in the mean; solved for the number that is left.
     layer: K, the first layer that runs on fewer tokens, at least 1.
     query: `last` ranks by the attention of the last prompt token, as the released code does; `mean` by the mean over
-        all queries, as the paper is said to, which favours early tokens.
+        all queries, as the paper defines it, which favours early tokens.
     mode: `drop` removes tokens at prefill, for good; `mask` keeps them and hides them from attention in layers from K
         on, choosing anew at each decode step by the newest token, as the authors' ablations did (no time is saved).
     positions: `preserve` keeps position ids, as the released code does; `compact` renumbers; `auto` is preserve.

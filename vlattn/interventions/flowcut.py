@@ -53,14 +53,16 @@ class FlowCut(VisualPruner, TowerPruner):
     keep: visual tokens per image at the end (the paper: 192, 128 or 64 of 576; 640, 320, 160 of LLaVA-NeXT's 2880).
     positions: see `VisualPruner`.
     semantic: how value similarity is measured. `softmax` is the released code; the paper's text is said to use a
-        cosine, which `cosine` offers; `none` leaves it out. `auto` is `softmax` where there is a CLS and `none` where
+        cosine, which `cosine` offers; `none` leaves it out (attention x size). `auto` is `softmax` where there is a CLS and `none` where
         there is not, as the released code does.
     count: `batch_max` drops the batch's largest count from every image, as the released code does, so that an image's
         kept set can depend on its batch; `per_image` gives each image the set it has when it is alone (ragged rows are
         masked inside the tower; needs eager or sdpa attention there). Qwen-VL always counts per image.
     decoder_layer: the decoder layer after which the second stage cuts, where there is one.
     group_aligned: on Qwen-VL, keep whole 2 x 2 cells (scores summed over a cell), each at its own place, instead of
-        single patches that the merger then mixes and that take the first places of the image, as the released code does.
+        single patches that the merger then mixes, four by four in the order of the tower, and that take the first places
+        of the image, as the released code does. Qwen2.5-VL's tower has patches in the order of its windows, and
+        `trace.kept_by_layer` counts them in the order of the tower.
     """
 
     semantic: Semantic = "auto"
@@ -74,6 +76,10 @@ class FlowCut(VisualPruner, TowerPruner):
             raise InputError(f"semantic: got {self.semantic!r}; give 'auto', 'softmax', 'cosine' or 'none'")
         if self.count not in ("batch_max", "per_image"):
             raise InputError(f"count: got {self.count!r}; give 'batch_max' or 'per_image'")
+        if isinstance(self.decoder_layer, bool) or not isinstance(self.decoder_layer, int) or self.decoder_layer < 0:
+            raise InputError(f"decoder_layer: got {self.decoder_layer!r}; give the index of a decoder layer, 0 or more")
+        if not isinstance(self.group_aligned, bool):
+            raise InputError(f"group_aligned: got {self.group_aligned!r}; give True or False")
 
     @classmethod
     def refuses(cls, family: type[Adapter]) -> str | None:
@@ -131,7 +137,13 @@ class FlowCut(VisualPruner, TowerPruner):
             flow.attach(hooks)
 
         def reduce(features: torch.Tensor) -> Reduced:
-            ids = next(flow for flow in flows if flow.flow is not None).take().ids
+            ran = next((flow for flow in flows if flow.flow is not None), None)
+            if ran is None:
+                raise InputError(
+                    "model: its projector ran without its vision tower, so nothing was pruned in between; "
+                    "give pixel_values, or leave the context"
+                )
+            ids = ran.take().ids
             if features.shape[1] > ids.shape[1]:  # CLS is among the features
                 ids = torch.cat([torch.full_like(ids[:, :1], -1), ids], 1)
             return Reduced(features, ids)

@@ -33,7 +33,8 @@ class _Pass:
     full: patches of each image at the start.
     ids: int64 [n_i] for each image: places of its patches that are left, in the sequence as the blocks see it.
     average: running average of each image's scores.
-    cells: merged tokens behind the tower in all, and of each image.
+    pruned: whether any patch may be gone.
+    made: what the blocks get instead of tables and bounds of the full sequence, by the identity of those.
     """
 
     full: list[int]
@@ -209,6 +210,8 @@ class QwenFlow:
         alive = torch.zeros(len(parts), longest, dtype=torch.bool, device=output.device)
         for i, part in enumerate(parts):
             features[i, : len(part)], alive[i, : len(part)] = part, True
+            if len(part) == cells[i]:  # untouched: at its own places, which Qwen2.5-VL finds by its order of windows
+                full[sum(cells[:i]) : sum(cells[: i + 1])] = part
         self.merged[:] = [Reduced(features, torch.where(alive, -2, -1), alive, False)]
         return full
 
@@ -224,7 +227,12 @@ class QwenFlow:
         self.trace.visual_tokens = int(visual.image[visual.mask].bincount().max())
         if not self.merged:
             return torch.zeros_like(visual.mask), None
-        return place("FlowCut", embeds, visual, self.merged[0], in_tile_order)
+
+        def arrange(tiles: list[Reduced], visual: VisualTokens, image: int) -> torch.Tensor:
+            found, given = in_tile_order(tiles, visual, image), embeds[visual.image == image]
+            return given if len(given) == len(found) else found
+
+        return place("FlowCut", embeds, visual, self.merged[0], arrange)
 
 
 def _rows(ids: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -28,7 +28,7 @@ def flowcut_score(
         alive: bool [B, P], False for patches that only fill a ragged row; None for none.
         semantic: `softmax`: unscaled softmax of v_cls . v_j per head, CLS included, then averaged over heads, as the
             released code does; `cosine`: cosine similarity of the head-mean values, clamped at 0 (ours, from the
-            paper's wording).
+            paper's wording); `none`: attention alone, scaled to sum to 1 over patches (ours).
 
     Returns:
         (score [B, P], attention [B, P]): the score, and the head-mean attention over patches, not renormalised.
@@ -37,6 +37,9 @@ def flowcut_score(
     v = value.to(dtype)
     attention = cls_attention.to(dtype).mean(1)[:, 1:]  # [B, P]
     mean_value = v.mean(1)  # [B, 1 + P, D]: heads are averaged first, then the norm is taken
+    size = mean_value[:, 1:].abs().sum(-1)
+    if semantic == "none":
+        return shares(attention) * size, attention
     if semantic == "softmax":
         logits = (v @ v[:, :, 0, :, None]).squeeze(-1)  # [B, H, 1 + P], no 1 / sqrt(D)
         if alive is not None:
@@ -47,7 +50,6 @@ def flowcut_score(
         similarity = F.cosine_similarity(mean_value[:, :1], mean_value[:, 1:], dim=-1).clamp(min=0)
         if alive is not None:
             similarity = similarity * alive
-    size = mean_value[:, 1:].abs().sum(-1)
     return (shares(attention) + shares(similarity)) * size, attention
 
 

@@ -11,10 +11,13 @@ from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention, compose
 from vlattn.interventions.divprune import DivPrune
 from vlattn.interventions.dyvte import DyVTE
+from vlattn.interventions.fastv import FastV
 from vlattn.interventions.flowcut import FlowCut
 from vlattn.interventions.hiprune import HiPrune
 from vlattn.interventions.prumerge import PruMerge
+from vlattn.interventions.pyramiddrop import PyramidDrop
 from vlattn.interventions.random_prune import RandomPrune
+from vlattn.interventions.sparsevlm import SparseVLM
 from vlattn.interventions.tome import ToMe
 from vlattn.interventions.uniform_prune import UniformPrune
 from vlattn.interventions.visionzip import VisionZip
@@ -23,10 +26,13 @@ from vlattn.interventions.vispruner import VisPruner
 METHODS: dict[str, type[Intervention]] = {
     "divprune": DivPrune,
     "dyvte": DyVTE,
+    "fastv": FastV,
     "flowcut": FlowCut,
     "hiprune": HiPrune,
     "prumerge": PruMerge,
+    "pyramiddrop": PyramidDrop,
     "random": RandomPrune,
+    "sparsevlm": SparseVLM,
     "tome": ToMe,
     "uniform": UniformPrune,
     "visionzip": VisionZip,

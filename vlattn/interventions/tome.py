@@ -32,6 +32,7 @@ from vlattn.interventions.tome_merge import (
     smallest_source,
 )
 from vlattn.interventions.tower_pruner import Reducer, TowerPruner
+from vlattn.interventions.vision_attention import no_pass
 from vlattn.kernels.reference import accumulation_dtype
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.sequence import Positions
@@ -85,10 +86,9 @@ class MergingTower:
                 hooks.after(layer.mlp, self._hold_back)
                 hooks.after(layer, self._finish)
 
-    def take(self) -> _Pass:
+    def take(self) -> _Pass | None:
         """The pass that has ended, once."""
         now, self.now = self.now, None
-        assert now is not None
         return now
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,7 +217,9 @@ class ToMe(TowerPruner):
             tower.attach(hooks)
 
         def reduce(features: torch.Tensor) -> Reduced:
-            done = next(tower for tower in towers if tower.now is not None).take()
+            done = next((tower.take() for tower in towers if tower.now is not None), None)
+            if done is None:
+                raise no_pass()
             firsts = {layer: found[:, cls:] - cls for layer, found in done.firsts.items()}
             trace.kept_by_layer = {layer: found.sort(-1).values.cpu() for layer, found in firsts.items()}
             ids = smallest_source(done.groups, done.length)[:, cls:] - cls  # [tiles, K], in merged order

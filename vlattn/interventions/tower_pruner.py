@@ -78,8 +78,8 @@ class TowerPruner(Intervention):
                 )
             pending[:] = [reduced]
             # A CLS that goes to the decoder (frames of Video-LLaVA keep it) makes the projector's input one row longer.
-            given, left = args[0].shape[1], reduced.features.shape[1]
-            rows[:] = [given if given >= patches else patches + given - left]
+            given = args[0].shape[1]
+            rows[:] = [given if given >= patches else patches + int(bool((reduced.ids[:, 0] == -1).all()))]
             trace.kept = reduced.ids[:, lead:].cpu()
             trace.visual_tokens = lead + patches
             return (reduced.features, *args[1:]), kwargs

@@ -39,6 +39,14 @@ class LayerView:
         return self.k.mean(1)[:, self.lead :]
 
 
+def no_pass() -> InputError:
+    """The error for features whose pass through the tower was not seen."""
+    return InputError(
+        "pixel_values: features reached the projector that did not pass through the vision tower inside this context; "
+        "give pixel_values instead of precomputed features"
+    )
+
+
 class LayerWatch:
     """Looks at one layer of each tower of the CLIP or SigLIP kind whenever the tower runs."""
 
@@ -60,10 +68,7 @@ class LayerWatch:
     def view(self, *, one_head: bool = False) -> LayerView:
         """The last pass, once; `one_head` leaves the heads together, as one of full width."""
         if not self._held:
-            raise InputError(
-                "pixel_values: features reached the projector that did not pass through the vision tower inside this "
-                "context; give pixel_values instead of precomputed features"
-            )
+            raise no_pass()
         heads = 1 if one_head else self._heads
         q, k = (self._held.pop(name).unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qk")
         return LayerView(q, k, self._lead)

@@ -218,16 +218,18 @@ class DecoderCuts:
         generated = 0 if self.prefill else self._generated(layer, segment, call)
         call = dict(call)
         mask = call.get("attention_mask")
+        # Masks of one step differ by the layer's kind (sliding or full) and by the sequence that it runs on.
         key = ("mask", id(mask), id(segment))
         if key not in self._made:
-            self._made[key] = segment.mask(
-                mask,
-                generated=generated,
-                new=new,
-                width=cache_width(call, new or segment.length, layer),
-                implementation=self.adapter.text_config._attn_implementation or "eager",
-                dtype=hidden.dtype,
-            )
+            how = {
+                "width": cache_width(call, new or segment.length, layer),
+                "implementation": self.adapter.text_config._attn_implementation or "eager",
+                "dtype": hidden.dtype,
+            }
+            if self.prefill:
+                self._made[key] = segment.mask(mask, generated=0, new=0, **how)
+            else:
+                self._made[key] = segment.step_mask(generated, new, **how)
         call["attention_mask"] = self._made[key]
         ids = call.get("position_ids")
         if self.prefill:

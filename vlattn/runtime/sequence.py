@@ -103,11 +103,8 @@ class Segment:
             dtype: of the hidden states.
         """
         if isinstance(mask, dict):
-            again = {"generated": generated, "new": new, "width": width}
-            return {
-                name: self.mask(value, **again, implementation=implementation, dtype=dtype)
-                for name, value in mask.items()
-            }
+            how: dict[str, Any] = {"width": width, "implementation": implementation, "dtype": dtype}
+            return {name: self.mask(one, generated=generated, new=new, **how) for name, one in mask.items()}
         behind = generated + new
         tail = torch.arange(self.full, self.full + behind, device=self.index.device)
         columns = torch.cat([self.index, tail.expand(self.index.shape[0], -1)], 1)  # [B, N + behind]
@@ -142,6 +139,19 @@ class Segment:
             if not new:  # a row that may look at nothing looks at itself, so that its softmax is a number
                 taken = _open_diagonal(taken, ~self.keys)
         return _widen(taken, width, closed)
+
+    def step_mask(
+        self, generated: int, new: int, *, width: int | None, implementation: str, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The mask of a decode step from nothing but what is known here; arguments as in `mask`.
+
+        The mask that stock code makes for a step is sized by some layer's cache, and no other layer need be as long.
+        """
+        static = width is not None and width > self.length + generated + new
+        if self.dense and new == 1 and not static:
+            return None
+        keys = F.pad(self.keys, (0, generated + new), value=True)
+        return self.made(keys, new, width, implementation, dtype)
 
     def made(self, keys: torch.Tensor, new: int, width: int | None, implementation: str, dtype: torch.dtype) -> Any:
         """A causal mask over `keys` (bool [B, K]) in the form that an implementation wants; see `mask`."""
@@ -323,12 +333,13 @@ def short_step_mask(arguments: dict[str, Any], segment: Segment, generated: int,
             f"got {list(mask.shape)}; pass the unpruned prompt's mask, grown by one column a step"
         )
     embeds, width = arguments.get("inputs_embeds"), cache_width(arguments, new)
-    dtype = torch.float32 if embeds is None else embeds.dtype
+    how: dict[str, Any] = {
+        "width": width,
+        "implementation": implementation,
+        "dtype": torch.float32 if embeds is None else embeds.dtype,
+    }
     if width is not None and width > segment.length + generated + new:
         # Generation with a static cache made this mask by the short cache and the full prompt's padding: neither fits.
-        keys = F.pad(segment.keys, (0, generated + new), value=True)
-        made = segment.made(keys, new, width, implementation, dtype)
+        made = segment.step_mask(generated, new, **how)
         return dict.fromkeys(mask, made) if isinstance(mask, dict) else made
-    return segment.mask(
-        mask, generated=generated, new=new, width=width, implementation=implementation, dtype=dtype
-    )
+    return segment.mask(mask, generated=generated, new=new, **how)

@@ -133,7 +133,8 @@ class Session:
         if self.cuts.requests:
             self._refuse_checkpointing(module)
         drop, call = self._dropped(embeds, call)
-        valid = valid_columns(call.get("attention_mask"), *drop.shape, drop.device)
+        batch, length = drop.shape
+        valid = valid_columns(call.get("attention_mask"), batch, length, drop.device)
         full, new = int(valid.sum(1).max()), None if call["inputs_embeds"] is embeds else call
         if bool(drop.any()):
             new, self._short = shorten_prompt(call, drop, self.positions, self._implementation())
@@ -144,6 +145,7 @@ class Session:
             trace.prompt_length = full
             trace.kept_length = int(alive.sum(1).max())
             trace.visual_full = self.visual.mask.sum(1).tolist()
+            trace.visual_tokens = trace.visual_tokens or int(self.visual.image[self.visual.mask].bincount().max())
         if self.cuts.takes_deepstack:
             new = self.cuts.take_deepstack(call if new is None else new)
         return None if new is None else ((), new)

@@ -66,7 +66,7 @@ def test_a_gate_learns_the_same_whatever_others_share_its_step(
     for trainer in trainers:
         trainer.step(0)
     layer = trainers[0].drawn_layers(0)[0]
-    alone, together = (trainer.gates.layers[layer].w1 for trainer in trainers)
+    alone, together = (trainer.gates.gate(layer).w1 for trainer in trainers)
     torch.testing.assert_close(alone, together, atol=1e-7, rtol=0)
 
 
