@@ -7,19 +7,21 @@ That is checked against the method itself; the result says how many answers diff
 
     python benchmarks/dyvte_curve.py --out benchmarks/results/dyvte_tiny.json
 
-Figures: POPE accuracy and F1 (unweighted means over the three splits) with 95% bootstrap intervals over images, and the
-mean number of decoder layers that visual tokens take part in. `--work` keeps gates, answers and tasks; a run that was
-cut off goes on from there.
+Figures: POPE accuracy and F1 (unweighted means over the three splits), CHAIR_i and object recall of captions, each with
+a 95% bootstrap interval over images, against the mean number of decoder layers that visual tokens take part in.
+`--work` keeps gates, answers and tasks; a run that was cut off goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ from transformers.utils import logging
 import vlattn
 from vlattn.assets.paths import tiny_coco
 from vlattn.eval.answer import chat_prompt, read_image
-from vlattn.eval.coco import read_coco
+from vlattn.eval.chair import chair_metrics, score_chair
+from vlattn.eval.chair_io import captions_of
+from vlattn.eval.coco import CocoSet, read_coco
 from vlattn.eval.items import CHAIR_PROMPT, Item
 from vlattn.eval.pope_build import build_pope
 from vlattn.eval.pope_score import score_pope, split_means
@@ -46,7 +50,7 @@ from vlattn.runtime.machine import describe_machine
 from vlattn.training.dyvte import DyVTETrainer, DyVTETraining
 from vlattn.training.tiny_examples import is_training_image, tiny_examples
 
-BATCH, NEW_TOKENS, PER_IMAGE = 60, 16, 3
+BATCH, PER_IMAGE = 60, 3
 THRESHOLDS = tuple(round(t / 20, 2) for t in range(21))
 EPOCHS, LR = 8, 3e-3
 """Chosen on a fifth of the training images; the same for all sizes."""
@@ -58,20 +62,32 @@ Prompt = tuple[str, str]
 
 
 # What is asked --------------------------------------------------------------------------------------------------------
-def evaluation_items(limit: int | None) -> list[Item]:
-    """POPE questions about images that trained nothing, all three splits; `limit` bounds the images."""
-    coco = read_coco(tiny_coco("val").instances)
-    asked = [image for image in coco.image_objects() if not is_training_image(image.image_id)]
-    candidates = sum(len(image.objects) >= PER_IMAGE for image in asked)
-    built = build_pope(asked, min(limit or candidates, candidates), PER_IMAGE)
+@dataclass(frozen=True)
+class Asked:
+    """Questions of one task about images that trained nothing, and which of `prompts` each of them is."""
+
+    task: str
+    items: list[Item]
+    place: NDArray[np.int64]
+    new_tokens: int
+
+
+def asked_things(limit: int | None) -> tuple[list[Prompt], Asked, Asked, CocoSet]:
+    """Every prompt once, POPE (all three splits), captions, and the annotations; `limit` bounds the images."""
+    coco = read_coco(tiny_coco("val").instances, tiny_coco("val").captions)
+    images = [image for image in coco.image_objects() if not is_training_image(image.image_id)]
+    candidates = sum(len(image.objects) >= PER_IMAGE for image in images)
+    built = build_pope(images, min(limit or candidates, candidates), PER_IMAGE)
     questions = [question for split in built.values() for question in split]
-    return [Item(q.item_id, q.image_id, q.image, q.text, q.label, {"split": q.category}) for q in questions]
+    pope = [Item(q.item_id, q.image_id, q.image, q.text, q.label, {"split": q.category}) for q in questions]
+    captions = [Item(str(i.image_id), i.image_id, i.file_name, CHAIR_PROMPT) for i in images[:limit]]
+    prompts = list(dict.fromkeys((item.image, item.prompt) for item in [*pope, *captions]))
+    index = {prompt: number for number, prompt in enumerate(prompts)}
 
+    def asked(task: str, items: list[Item], new_tokens: int) -> Asked:
+        return Asked(task, items, np.array([index[item.image, item.prompt] for item in items]), new_tokens)
 
-def prompts_of(items: Sequence[Item]) -> list[Prompt]:
-    """Each question once, then a detailed caption of each image."""
-    asked = dict.fromkeys((item.image, item.prompt) for item in items)
-    return [*asked, *dict.fromkeys((item.image, CHAIR_PROMPT) for item in items)]
+    return prompts, asked("pope", pope, 16), asked("chair", captions, 80), coco
 
 
 # Gates ----------------------------------------------------------------------------------------------------------------
@@ -121,61 +137,85 @@ def probabilities(
 
 def chosen_exits(probability: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
     """The first layer whose gate is above the threshold, [prompts]; the last layer, which changes nothing, for none."""
-    wants = probability > threshold
-    if threshold <= 0:
-        wants[:] = True
+    wants = probability > threshold if threshold > 0 else np.ones_like(probability, dtype=bool)
     return np.where(wants.any(1), wants.argmax(1), probability.shape[1] - 1)
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
-def answers(
-    model: Model, processor: Processor, items: Sequence[Item], method: str, path: Path, console: Console, batch: int
-) -> list[Record]:
-    """The records of one method on all items; a file that is there is completed."""
-    start = time.perf_counter()
-    run_items(
-        model, processor, items, task="pope", method=method, images=tiny_coco("val").images, out=path, batch_size=batch,
-        max_new_tokens=NEW_TOKENS, settings={"model": "tiny"},
-    )  # fmt: skip
-    console.print(f"{path.stem}: {time.perf_counter() - start:.0f} s")
-    by_id = {record.id: record for record in read_records(path)}
-    return [by_id[item.id] for item in items]
+class Runs:
+    """Answers of the model under one method after the other, kept in files that a later start completes."""
+
+    def __init__(self, model: Model, processor: Processor, folder: Path, console: Console) -> None:
+        self.model, self.processor, self.folder, self.console = model, processor, folder, console
+
+    def records(self, asked: Asked, name: str, method: str, batch: int = BATCH) -> list[Record]:
+        path = self.folder / f"{asked.task}_{name}.jsonl"
+        start = time.perf_counter()
+        run_items(
+            self.model,
+            self.processor,
+            asked.items,
+            task=asked.task,
+            method=method,
+            images=tiny_coco("val").images,
+            out=path,
+            batch_size=batch,
+            max_new_tokens=asked.new_tokens,
+            settings={"model": "tiny"},
+        )
+        self.console.print(f"{path.stem}: {time.perf_counter() - start:.0f} s")
+        by_id = {record.id: record for record in read_records(path)}
+        return [by_id[item.id] for item in asked.items]
+
+    def by_exit(self, asked: Asked, layers: int) -> list[list[Record]]:
+        """The records of each forced exit; an exit after the last layer is the vanilla model."""
+        forced = [self.records(asked, f"exit_{layer}", f"dyvte:exit_layer={layer}") for layer in range(layers - 1)]
+        return [*forced, self.records(asked, "vanilla", "vanilla")]
 
 
-def score(records: Sequence[Record], n_boot: int) -> dict[str, dict[str, float | None]]:
-    """POPE accuracy and F1, means over the splits, with their intervals over images."""
-    result = score_pope(records)
-    totals = resample_totals(result.table, result.image_ids, n_boot)
-    samples = split_means(totals)
-    found = {}
-    for name in ("accuracy", "f1"):
-        value = result.mean[name]
-        bounds = interval(np.nan if value is None else value, samples[name], len(set(result.image_ids)))
-        found[name] = {"value": value, "low": bounds.low, "high": bounds.high}
-    return found
+@dataclass(frozen=True)
+class Scorer:
+    """Scores of records, with 95% intervals over images."""
 
+    coco: CocoSet
+    n_boot: int
 
-def point(
-    items: Sequence[Item],
-    index: Mapping[Prompt, int],
-    exits: NDArray[np.int64],
-    by_exit: Mapping[int, Sequence[Record]],
-    n_boot: int,
-) -> dict[str, Any]:
-    """Scores where prompt p exits after layer `exits[p]`, and how many layers its visual tokens then take part in."""
-    of_item = exits[[index[item.image, item.prompt] for item in items]]
-    records = [by_exit[int(layer)][number] for number, layer in enumerate(of_item)]
-    return {"mean_layers": float(of_item.mean() + 1), **score(records, n_boot)}
+    def pope(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Accuracy and F1, means over the splits."""
+        result = score_pope(records)
+        samples = split_means(resample_totals(result.table, result.image_ids, self.n_boot))
+        return self._with_intervals(result.mean, samples, ("accuracy", "f1"), len(set(result.image_ids)))
+
+    def chair(self, records: Sequence[Record]) -> dict[str, Any]:
+        """CHAIR_i and recall."""
+        result = score_chair(captions_of(records), self.coco)
+        samples = chair_metrics(resample_totals(result.table(), [r.image_id for r in records], self.n_boot))
+        return self._with_intervals(result.metrics, samples, ("chair_i", "recall"), len(records))
+
+    def _with_intervals(
+        self, values: Mapping[str, float | None], samples: Mapping[str, Any], names: Sequence[str], images: int
+    ) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            value = values[name]
+            bounds = interval(np.nan if value is None else value, samples[name], images)
+            found[name] = {"value": value, "low": bounds.low, "high": bounds.high}
+        return found
+
+    def point(self, asked: Asked, exits: NDArray[np.int64], by_exit: Sequence[Sequence[Record]]) -> dict[str, Any]:
+        """Scores where prompt p exits after layer `exits[p]`, and how many layers see visual tokens in the mean."""
+        of_item = exits[asked.place]
+        records = [by_exit[layer][number] for number, layer in enumerate(of_item.tolist())]
+        score = self.pope if asked.task == "pope" else self.chair
+        return {"mean_layers": float(of_item.mean() + 1), **score(records)}
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     model, processor = vlattn.load("tiny")
     layers = len(adapter_for(model).decoder_layers)
-    items = evaluation_items(args.images)
-    prompts = prompts_of(items)
-    index = {prompt: number for number, prompt in enumerate(prompts)}
-    console.print(f"{len({i.image_id for i in items})} images, {len(items)} questions, {len(prompts)} prompts")
+    prompts, pope, chair, coco = asked_things(args.images)
+    console.print(f"{len(pope.items)} questions, {len(chair.items)} captions, {len(prompts)} prompts")
 
     gates: dict[str, DyVTEGates] = {}
     for hidden in args.hidden:
@@ -184,36 +224,29 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 gate_hidden=hidden, epochs=args.epochs, lr=args.lr, batch_size=32, layers_per_step=layers, seed=seed
             )
             gates[f"{hidden}/{seed}"] = trained_gates(model, processor, args.work, settings, args.examples, console)
-    records = args.work / "records"
-    by_exit = {
-        layer: answers(
-            model, processor, items, f"dyvte:exit_layer={layer}", records / f"exit_{layer}.jsonl", console, BATCH
-        )
-        for layer in range(layers - 1)
-    }
-    by_exit[layers - 1] = answers(model, processor, items, "vanilla", records / "vanilla.jsonl", console, BATCH)
     said = probabilities(model, processor, prompts, gates)
-    questions = len({(item.image, item.prompt) for item in items})
+    runs, scorer = Runs(model, processor, args.work / "records", console), Scorer(coco, args.n_boot)
+    by_exit = {asked.task: runs.by_exit(asked, layers) for asked in (pope, chair)}
 
-    curves = {
-        name: [
-            {"threshold": t, **point(items, index, chosen_exits(said[name].copy(), t), by_exit, args.n_boot)}
-            for t in THRESHOLDS
-        ]
-        for name in gates
-    }
+    def both(exits: NDArray[np.int64]) -> dict[str, Any]:
+        return {asked.task: scorer.point(asked, exits, by_exit[asked.task]) for asked in (pope, chair)}
+
+    unchanged = np.full(len(prompts), layers - 1)
+    for asked in (pope, chair):
+        lower_to_unchanged(unchanged, asked, by_exit[asked.task])
     chosen = f"{args.check}/{args.seeds[0]}"
+    trained = tiny_examples()[: args.examples]
     return {
         "benchmark": "dyvte_curve",
         "machine": describe_machine(),
         "settings": {
             "model": "tiny",
-            "weights_of_images": "tiny COCO val, images whose hash is not divisible by 3",
-            "images": len({item.image_id for item in items}),
-            "questions": len(items),
-            "different_questions": questions,
-            "training_images": len({example.image for example in tiny_examples()[: args.examples]}),
-            "training_examples": len(tiny_examples()[: args.examples]),
+            "evaluated_on": "tiny COCO val, images that vlattn.training.tiny_examples.is_training_image leaves",
+            "pope_images": len({item.image_id for item in pope.items}),
+            "pope_questions": len(pope.items),
+            "captions": len(chair.items),
+            "training_images": len({example.image for example in trained}),
+            "training_examples": len(trained),
             "epochs": args.epochs,
             "lr": args.lr,
             "batch_size": 32,
@@ -221,104 +254,91 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "intervals": f"95% bootstrap over images, {args.n_boot} samples",
         },
         "labels": gates[chosen].training_record["labels"],
-        "forced": [
-            {"exit_layer": layer, **point(items, index, np.full(len(prompts), layer), by_exit, args.n_boot)}
-            for layer in range(layers)
-        ],
-        "earliest_unchanged": point(items, index, earliest_unchanged(items, index, by_exit), by_exit, args.n_boot),
+        "forced": [{"exit_layer": layer, **both(np.full(len(prompts), layer))} for layer in range(layers)],
+        "earliest_unchanged": both(unchanged),
         "gates": {
             name: {
                 "gate_hidden": each.gate_hidden,
                 "parameters": sum(weight.numel() for weight in each.parameters()),
-                "curve": curves[name],
-                "mean_layers_by_kind": by_kind(items, index, chosen_exits(said[name].copy(), 0.5)),
+                "mean_layers_by_kind": by_kind(pope, chair, chosen_exits(said[name], 0.5)),
+                "curve": [{"threshold": t, **both(chosen_exits(said[name], t))} for t in THRESHOLDS],
             }
             for name, each in gates.items()
         },
-        "check": check(model, processor, args, items, index, said[chosen], by_exit, chosen, console),
+        "check": check(runs, args, (pope, chair), chosen_exits(said[chosen], 0.5), by_exit, chosen),
     }
 
 
-def earliest_unchanged(
-    items: Sequence[Item], index: Mapping[Prompt, int], by_exit: Mapping[int, Sequence[Record]]
-) -> NDArray[np.int64]:
-    """For each prompt the first exit from which on the answer is that of the vanilla model: what perfect gates know."""
-    last = max(by_exit)
-    exits = np.full(len(index), last)
-    for number, item in enumerate(items):
-        place = index[item.image, item.prompt]
-        while exits[place] > 0 and by_exit[int(exits[place]) - 1][number].raw == by_exit[last][number].raw:
+def lower_to_unchanged(exits: NDArray[np.int64], asked: Asked, by_exit: Sequence[Sequence[Record]]) -> None:
+    """Lower each prompt's exit to the first from which on the answer is the vanilla model's: perfect foresight."""
+    for number, place in enumerate(asked.place):
+        while exits[place] > 0 and by_exit[exits[place] - 1][number].raw == by_exit[-1][number].raw:
             exits[place] -= 1
-    return exits
 
 
-def by_kind(items: Sequence[Item], index: Mapping[Prompt, int], exits: NDArray[np.int64]) -> dict[str, float]:
+def by_kind(pope: Asked, chair: Asked, exits: NDArray[np.int64]) -> dict[str, float]:
     """Mean number of layers with visual tokens by what is asked."""
-    found = {
-        f"answer is {label}": float(exits[[index[i.image, i.prompt] for i in items if i.label == label]].mean() + 1)
-        for label in ("yes", "no")
-    }
-    captions = [number for (_, text), number in index.items() if text == CHAIR_PROMPT]
-    return {**found, "detailed caption": float(exits[captions].mean() + 1)}
+    labels = np.array([item.label for item in pope.items])
+    found = {f"answer is {label}": float(exits[pope.place[labels == label]].mean() + 1) for label in ("yes", "no")}
+    return {**found, "detailed caption": float(exits[chair.place].mean() + 1)}
 
 
 def check(
-    model: Model,
-    processor: Processor,
+    runs: Runs,
     args: argparse.Namespace,
-    items: Sequence[Item],
-    index: Mapping[Prompt, int],
-    probability: NDArray[np.float64],
-    by_exit: Mapping[int, Sequence[Record]],
+    tasks: Sequence[Asked],
+    exits: NDArray[np.int64],
+    by_exit: Mapping[str, Sequence[Sequence[Record]]],
     name: str,
-    console: Console,
 ) -> dict[str, Any]:
-    """Ask the method itself, one prompt at a time and a batch at a time, and count answers that differ from above."""
+    """Ask the method itself at 0.5, a batch and one prompt at a time, and count answers that differ from above."""
     folder = args.work / f"gates_{name.replace('/', '_')}"
-    exits = chosen_exits(probability.copy(), 0.5)
-    expected = [by_exit[int(exits[index[item.image, item.prompt]])][n].raw for n, item in enumerate(items)]
     found: dict[str, Any] = {"gates": name, "threshold": 0.5}
-    few = items[: args.single]
-    for policy, asked, batch in (("mask", items, BATCH), ("single", few, 1)):
-        method = f"dyvte:gates={folder},batch_policy={policy}"
-        records = answers(model, processor, asked, method, args.work / "records" / f"{policy}.jsonl", console, batch)
-        differ = sum(record.raw != answer for record, answer in zip(records, expected, strict=False))
-        found[policy] = {"answers": len(records), "differ": differ}
+    for policy, size in (("mask", BATCH), ("single", 1)):
+        for asked in tasks:
+            few = asked if policy == "mask" else dataclasses.replace(asked, items=asked.items[: args.single])
+            records = runs.records(few, policy, f"dyvte:gates={folder},batch_policy={policy}", size)
+            expected = [by_exit[asked.task][exits[asked.place[n]]][n].raw for n in range(len(records))]
+            differ = sum(record.raw != answer for record, answer in zip(records, expected, strict=True))
+            found[f"{asked.task} {policy}"] = {"answers": len(records), "differ": differ}
     return found
 
 
 # What is shown --------------------------------------------------------------------------------------------------------
+SHOWN = (("pope", "accuracy", "POPE accuracy"), ("pope", "f1", "POPE F1"), ("chair", "recall", "caption recall"))
+
+
 def size_table(found: Mapping[str, Any], threshold: float = 0.5) -> list[dict[str, Any]]:
-    """By gate size, means over the seeds at one threshold, and the range of accuracies."""
-    rows: dict[int, list[dict[str, Any]]] = {}
-    parameters: dict[int, int] = {}
+    """By gate size, means over the seeds at one threshold."""
+    by_size: dict[int, list[Mapping[str, Any]]] = {}
     for each in found["gates"].values():
-        at = next(p for p in each["curve"] if p["threshold"] == threshold)
-        rows.setdefault(each["gate_hidden"], []).append(at)
-        parameters[each["gate_hidden"]] = each["parameters"]
-    return [
-        {
-            "gate_hidden": hidden,
-            "parameters": parameters[hidden],
-            "seeds": len(points),
-            "mean_layers": float(np.mean([p["mean_layers"] for p in points])),
-            "accuracy": float(np.mean([p["accuracy"]["value"] for p in points])),
-            "accuracy_of_seeds": [p["accuracy"]["value"] for p in points],
-            "f1": float(np.mean([p["f1"]["value"] for p in points])),
-        }
-        for hidden, points in sorted(rows.items())
-    ]
+        by_size.setdefault(each["gate_hidden"], []).append(each)
+    rows = []
+    for hidden, same in sorted(by_size.items()):
+        points = [next(p for p in each["curve"] if p["threshold"] == threshold) for each in same]
+        row: dict[str, Any] = {"gate_hidden": hidden, "parameters": same[0]["parameters"], "seeds": len(same)}
+        for task in ("pope", "chair"):
+            row[f"{task}_mean_layers"] = float(np.mean([p[task]["mean_layers"] for p in points]))
+        for task, metric in (("pope", "accuracy"), ("pope", "f1"), ("chair", "chair_i"), ("chair", "recall")):
+            row[metric] = float(np.mean([p[task][metric]["value"] for p in points]))
+        rows.append(row)
+    return rows
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
-    table = Table("exit", "mean layers", "accuracy", "F1", title="forced exits", title_justify="left")
+    heads = ("layers", "accuracy", "F1", "layers", "CHAIR_i", "recall")
+    table = Table("exit after", *heads, title="forced exits: POPE, then captions", title_justify="left")
     for row in found["forced"]:
-        table.add_row(str(row["exit_layer"]), f"{row['mean_layers']:.2f}", _range(row["accuracy"]), _range(row["f1"]))
+        cells = []
+        for task, names in (("pope", ("accuracy", "f1")), ("chair", ("chair_i", "recall"))):
+            cells += [f"{row[task]['mean_layers']:.2f}", *(_range(row[task][name]) for name in names)]
+        table.add_row(str(row["exit_layer"]), *cells)
     console.print(table)
-    table = Table("hidden", "weights", "mean layers", "accuracy", "F1", title="gates at 0.5", title_justify="left")
+    table = Table("hidden", "weights", *heads, title="gates at 0.5, means over seeds", title_justify="left")
     for row in found["sizes"]:
-        numbers = (f"{row['mean_layers']:.2f}", f"{row['accuracy']:.3f}", f"{row['f1']:.3f}")
-        table.add_row(str(row["gate_hidden"]), f"{row['parameters']:,}", *numbers)
+        cells = [f"{row['pope_mean_layers']:.2f}", f"{row['accuracy']:.3f}", f"{row['f1']:.3f}"]
+        cells += [f"{row['chair_mean_layers']:.2f}", f"{row['chair_i']:.3f}", f"{row['recall']:.3f}"]
+        table.add_row(str(row["gate_hidden"]), f"{row['parameters']:,}", *cells)
     console.print(table)
 
 
@@ -327,32 +347,31 @@ def _range(metric: Mapping[str, float]) -> str:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Accuracy and F1 against mean layers: gates of each size (first seed) over the threshold, beside forced exits."""
+    """Scores against mean layers: gates of each size (first seed) over the threshold, beside forced exits."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2, sharex=True), ("accuracy", "f1"), strict=True):
-        forced = found["forced"]
-        x, y = [p["mean_layers"] for p in forced], [p[name]["value"] for p in forced]
-        low, high = ([p[name][end] for p in forced] for end in ("low", "high"))
-        axis.fill_between(x, low, high, color="0.88", lw=0)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    settings, forced = found["settings"], found["forced"]
+    for axis, (task, metric, title) in zip(figure.subplots(1, 3), SHOWN, strict=True):
+
+        def line(points: Sequence[Mapping[str, Any]], task: str = task, metric: str = metric) -> tuple[Any, Any]:
+            return [p[task]["mean_layers"] for p in points], [p[task][metric]["value"] for p in points]
+
+        x, y = line(forced)
+        low, high = ([p[task][metric][end] for p in forced] for end in ("low", "high"))
+        axis.fill_between(x, low, high, color="0.9", lw=0)
         axis.plot(x, y, "s--", color="0.45", ms=5, label="forced exit (band: 95% interval)")
-        seed = found["settings"]["seeds"][0]
         for key, each in found["gates"].items():
-            if key.endswith(f"/{seed}"):
-                curve = each["curve"]
-                xs, ys = [p["mean_layers"] for p in curve], [p[name]["value"] for p in curve]
-                axis.plot(xs, ys, "o-", ms=3, lw=1.2, label=f"gates, hidden {each['gate_hidden']}")
-        best = found["earliest_unchanged"]
-        axis.plot(best["mean_layers"], best[name]["value"], "*", color="k", ms=11, label="perfect gates")
+            if key.endswith(f"/{settings['seeds'][0]}"):
+                axis.plot(*line(each["curve"]), "o-", ms=3, lw=1.1, label=f"gates, hidden {each['gate_hidden']}")
+        axis.plot(*line([found["earliest_unchanged"]]), "*", color="k", ms=11, label="answer as vanilla, earliest")
         axis.set_xlabel(f"decoder layers with visual tokens, mean (of {len(forced)})")
-        axis.set_ylabel(f"POPE {'accuracy' if name == 'accuracy' else 'F1'}, mean over splits")
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    settings = found["settings"]
+    axis.legend(fontsize=8, loc="lower right")
     figure.suptitle(
-        f"DyVTE on the tiny LLaVA: {settings['images']} images of tiny COCO val that trained no gate, "
-        f"{settings['questions']} questions",
+        f"DyVTE on the tiny LLaVA, tiny COCO val without training images: {settings['pope_questions']} questions about "
+        f"{settings['pope_images']} images, {settings['captions']} captions",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
@@ -379,7 +398,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--check", type=int, default=64, help="gate size with which the method itself is asked")
-    parser.add_argument("--single", type=int, default=300, help="questions asked one at a time in that check")
+    parser.add_argument(
+        "--single", type=int, default=200, help="questions, and captions, asked one at a time in that check"
+    )
     parser.add_argument("--images", type=int, help="fewer evaluation images, to try the program")
     parser.add_argument("--examples", type=int, help="fewer training examples, to try the program")
     parser.add_argument("--n-boot", type=int, default=10_000)

@@ -30,7 +30,6 @@ and of the keep-all arms are checked to be the same bit for bit.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import re
@@ -47,6 +46,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 
 import vlattn
+from vlattn.eval.bench_arms import twin
 from vlattn.eval.model_cost import cache_bytes, model_cost
 from vlattn.models.registry import adapter_for
 from vlattn.ops import query_row_attention
@@ -158,12 +158,6 @@ def _entropy(row: torch.Tensor) -> float:
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def twin(model: LlavaModel) -> LlavaModel:
-    """Another model object on the same weights, so that hooks on one do not touch the other."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 # Arms -----------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def bound(model: Any, inputs: dict[str, Any], seen: LayerLengths, rows: int) -> 
     tower: Any = getattr(adapter.tower, "vision_model", adapter.tower)
     pixels = inputs["pixel_values"].flatten(0, -4)
     width, decoder = adapter.text_config.hidden_size, adapter.language_model
-    vision = [(layer, _states(model, len(n), n[0], layer)) for layer, n in zip(adapter.vision_layers, seen.tower)]
+    lengths = zip(adapter.vision_layers, seen.tower, strict=True)
+    vision = [(layer, _states(model, len(n), n[0], layer)) for layer, n in lengths]
     features = torch.randn(1, rows, vision[0][1].shape[-1], dtype=model.dtype, device=model.device)
     steps = []
     for layer, n in zip(adapter.decoder_layers, seen.decoder, strict=True):

@@ -108,23 +108,17 @@ def floor_table(results: Row) -> Table:
     steps = results["settings"]["new_tokens"] - 1
     table = _table(
         "floor: the least time for this work, ms",
-        "compute: FLOPs / peak; memory: bytes read / bandwidth. A decode step reads every weight and the cache once; "
-        "pruning shortens the cache alone",
-        ("method", "prefill floor", "set by", "measured", "token floor", "set by", "measured", "weights+KV MiB/token"),
+        "floor: the slower of FLOPs / peak (compute) and bytes / bandwidth (memory), for a prefill and for one decoded "
+        "token; read MiB: what that token's step reads, every weight and the cache; pruning shortens the cache",
+        ("method", "prefill", "floor", "set by", "token", "floor", "set by", "read MiB"),
     )
     for row in results["arms"]:
         prefill, decode = row["bound"]["prefill"], row["bound"]["decode"]
-        token = row["seconds"]["decode"]["median"] / steps if steps else None
-        table.add_row(
-            _name(row),
-            _ms(prefill["seconds"]),
-            prefill["by"],
-            _ms(row["seconds"]["prefill"]["median"]),
-            _ms(decode["seconds"] / steps if steps else None),
-            decode["by"] if steps else NA,
-            _ms(token),
-            f"{decode['bytes'] / steps / 2**20:,.1f}" if steps else NA,
-        )
+        cells = [_ms(row["seconds"]["prefill"]["median"]), _ms(prefill["seconds"]), prefill["by"]]
+        if steps:
+            cells += [_ms(row["seconds"]["decode"]["median"] / steps), _ms(decode["seconds"] / steps), decode["by"]]
+            cells.append(f"{decode['bytes'] / steps / 2**20:,.1f}")
+        table.add_row(_name(row), *cells)
     return table
 
 
@@ -164,9 +158,7 @@ def _cell(seconds: Row, ratio: Row) -> str:
     return f"{_ms(seconds['median'])} {ratio['median']:.2f}x\n[dim]{ratio['lower']:.2f}-{ratio['upper']:.2f}[/dim]"
 
 
-def _ms(seconds: float | None) -> str:
-    if seconds is None:
-        return NA
+def _ms(seconds: float) -> str:
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}"
 

@@ -20,7 +20,8 @@ class LayerLengths:
 
     with LayerLengths(model) as seen: model(**inputs)
 
-    Enter it inside an intervention, so that it sees the sequences that the intervention has shortened.
+    Enter it inside an intervention, so that it sees the sequences that the intervention has shortened. What is dropped
+    in the middle of a layer, as token merging does, counts from the next layer on.
 
     batch: prompts of the prefill.
     decoder: for each decoder layer, the positions that entered it, left padding included.

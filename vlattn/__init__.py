@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from vlattn.interventions.dyvte import DyVTE as DyVTE
     from vlattn.interventions.fastv import FastV as FastV
     from vlattn.interventions.flowcut import FlowCut as FlowCut
-    from vlattn.interventions.pyramiddrop import PyramidDrop as PyramidDrop
     from vlattn.interventions.hiprune import HiPrune as HiPrune
     from vlattn.interventions.prumerge import PruMerge as PruMerge
+    from vlattn.interventions.pyramiddrop import PyramidDrop as PyramidDrop
     from vlattn.interventions.random_prune import RandomPrune as RandomPrune
     from vlattn.interventions.sparsevlm import SparseVLM as SparseVLM
     from vlattn.interventions.tome import ToMe as ToMe

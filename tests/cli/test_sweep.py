@@ -28,7 +28,11 @@ CONFIG: dict[str, Any] = {
     "max_new_tokens": 12,
     "batch_size": 12,
     "bootstrap": 200,
-    "methods": {"random": ["random:keep=36"], "flowcut": ["flowcut:keep=36,count=per_image", "flowcut:keep=9"]},
+    "methods": {
+        "random": ["random:keep=36"],
+        "flowcut": ["flowcut:keep=36,count=per_image"],
+        "pyramiddrop": ["pyramiddrop:layers=[1,3,5]"],
+    },
 }
 SETTINGS = ["vanilla", *(setting for listed in CONFIG["methods"].values() for setting in listed)]
 STOP_AFTER = 100
@@ -137,16 +141,18 @@ def test_scores_and_differences_are_those_of_the_records(swept: dict[str, Any]) 
     same, other = swept["results"]["arms"][2], swept["results"]["arms"][3]
     difference = same["against"]["random"]["pope"]["metrics"]["f1"]["difference"]
     assert difference == pytest.approx(f1[same["setting"]] - f1["random:keep=36"])
-    assert other["against"]["random"] == {"pope": None, "chair": None}  # no random arm of 9 tokens
+    assert other["against"]["random"] == {"pope": None, "chair": None}  # no random arm of 63 tokens
     difference = other["against"]["vanilla"]["pope"]["metrics"]["f1"]["difference"]
     assert difference == pytest.approx(f1[other["setting"]] - f1["vanilla"])
 
 
 def test_budgets_are_measured_per_arm_in_all_three_senses(swept: dict[str, Any]) -> None:
-    for arm, tokens in zip(swept["results"]["arms"], (144, 36, 36, 9), strict=True):
+    halved = [144, 72, 72, 36, 36, 18, 18]  # what enters each of six decoder layers, and what the last hands on
+    for arm, layers in zip(swept["results"]["arms"], ([144] * 7, [36] * 7, [36] * 7, halved), strict=True):
         for task in ("pope", "chair"):
             assert arm["budget"][task] == {
-                "full": 144, "final": tokens, "average": tokens, "counted": tokens, "masked": False,
+                "full": 144, "final": layers[-1], "average": sum(layers[:-1]) / 6, "counted": sum(layers[1:]) / 6,
+                "masked": False,
             }  # fmt: skip
 
 

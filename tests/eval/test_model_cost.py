@@ -45,9 +45,7 @@ def fastv(layer: int, kept: int, text: int) -> Trace:
     )
 
 
-@pytest.mark.parametrize(
-    ("layer", "kept", "image_only", "with_text"), [(2, 288, 0.526, 0.570), (32, 288, 1, 1)]
-)
+@pytest.mark.parametrize(("layer", "kept", "image_only", "with_text"), [(2, 288, 0.526, 0.570), (32, 288, 1, 1)])
 def test_fastv_on_llava_7b_has_the_ratios_of_the_literature(
     llava_7b: Any, layer: int, kept: int, image_only: float, with_text: float
 ) -> None:

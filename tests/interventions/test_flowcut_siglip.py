@@ -12,6 +12,7 @@ import torch
 
 import vlattn
 from vlattn.errors import InputError
+from vlattn.interventions.flowcut_score import flowcut_score
 
 STEPS = 4
 
@@ -90,26 +91,37 @@ def test_the_ways_to_compare_values_differ_in_what_they_keep(llava: Any) -> None
     assert len(set(kept)) == 3
 
 
-def test_without_value_similarity_a_tower_with_cls_ranks_by_attention_and_size_alone(
-    llava: Any, naive: ModuleType
-) -> None:
-    """One pruning, of the average of two layers' scores, each with its attention scaled to sum to 1 over patches."""
+def test_without_value_similarity_a_score_is_the_share_of_attention_times_the_size_of_the_value() -> None:
+    """With CLS, as elsewhere, each layer's attention is scaled to sum to 1 over patches."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, 3, 6, 4, generator=generator, dtype=torch.float64)
+    cls = torch.rand(2, 3, 6, generator=generator, dtype=torch.float64)
+    score, attention = flowcut_score(cls, v, semantic="none")
+    for b in range(2):
+        seen = [sum(float(cls[b, h, j]) for h in range(3)) / 3 for j in range(1, 6)]
+        size = [sum(abs(float(v[b, :, j, d].sum()) / 3) for d in range(4)) for j in range(1, 6)]
+        expected = [a / sum(seen) * s for a, s in zip(seen, size, strict=True)]
+        torch.testing.assert_close(score[b], torch.tensor(expected, dtype=torch.float64))
+        torch.testing.assert_close(attention[b], torch.tensor(seen, dtype=torch.float64))
+
+
+def test_without_value_similarity_a_tower_with_cls_keeps_other_patches(llava: Any, naive: ModuleType) -> None:
+    """One pruning, of the average of two layers' scores."""
     model = llava(layers=3, feature_layer=-1)
-    tower, pixels, average = model.model.vision_tower, pixels_of(model, 3), []
+    tower, pixels, scores = model.model.vision_tower, pixels_of(model, 3), []
     with torch.no_grad():
         x = naive.embeddings(tower, pixels)
         for layer in tower.encoder.layers[:2]:
             y, attention = layer.layer_norm1(x), layer.self_attn
             q, k, v = (naive.split(getattr(attention, f"{name}_proj")(y), 2) for name in "qkv")
             cls = (q[:, :, :1] @ k.transpose(-1, -2) / 8**0.5).softmax(-1)[:, :, 0, 1:].mean(1)
-            average.append(cls / cls.sum(1, keepdim=True) * v.mean(1)[:, 1:].abs().sum(-1) / 2)
+            scores.append(cls / cls.sum(1, keepdim=True) * v.mean(1)[:, 1:].abs().sum(-1) / 2)
             x = layer(x, None)
-    expected = (average[0] + average[1]).topk(7).indices.sort().values
     kept = {
         semantic: encode(model, vlattn.FlowCut(keep=7, semantic=semantic), pixels)[1].kept.tolist()
         for semantic in ("none", "softmax", "cosine")
     }
-    assert kept["none"] == expected.tolist()
+    assert kept["none"] == (scores[0] + scores[1]).topk(7).indices.sort().values.tolist()
     assert kept["none"] not in (kept["softmax"], kept["cosine"])
 
 

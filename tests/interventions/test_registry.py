@@ -37,7 +37,13 @@ def test_a_short_form_is_the_intervention_it_names(text: str, expected: object) 
 
 
 def test_every_method_can_be_named_and_is_exported() -> None:
-    needed = {"fastv": ":keep=4", "flowcut": ":keep=4", "random": ":keep=4", "uniform": ":keep=4", "divprune": ":keep=4"}
+    needed = {
+        "fastv": ":keep=4",
+        "flowcut": ":keep=4",
+        "random": ":keep=4",
+        "uniform": ":keep=4",
+        "divprune": ":keep=4",
+    }
     needed |= {"tome": ":keep=4"}
     for name, cls in METHODS.items():
         assert type(parse_method(name + needed.get(name, ""))) is cls

@@ -1,4 +1,4 @@
-"""Cuts inside the decoder: equal to plain loops over the layers, cached or not, dropped or hidden, whatever the batch."""
+"""Cuts inside the decoder equal plain loops over the layers, cached or not, dropped or hidden, whatever the batch."""
 
 from __future__ import annotations
 

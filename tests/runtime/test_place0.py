@@ -685,7 +685,7 @@ def test_gradients_pass_through_the_drop_and_are_finite(llava: Any, prompts: Any
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(llava: Any) -> None:
-    with pytest.raises(InputError, match="known: gemma3, .*llava") as caught:
+    with pytest.raises(InputError, match=r"known: gemma3, .*llava") as caught:
         vlattn.attach(torch.nn.Linear(2, 2), FLOWCUT)
     assert "Linear" in str(caught.value)
     with pytest.raises(InputError, match="model_type 'llama'"):

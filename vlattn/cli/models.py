@@ -73,9 +73,9 @@ def as_markdown(families: list[dict[str, Any]]) -> str:
     lines = [
         "# Which method works on which model family",
         "",
-        "Printed by `vlattn models --markdown`. A test puts every method on a random model of every family marked `x`, in "
-        "left-padded batches, on eager and sdpa attention, in fp32 and bf16, with cached generation; where there is no "
-        "`x`, attaching raises an error with the reason below.",
+        "Printed by `vlattn models --markdown`. A test puts every method on a random model of every family marked `x`, "
+        "in left-padded batches, on eager and sdpa attention, in fp32 and bf16, with cached generation; where there is "
+        "no `x`, attaching raises an error with the reason below.",
         "",
         f"| method | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",

@@ -43,7 +43,7 @@ def sweep(
     logging.disable_progress_bar()
     job = Sweep(SweepConfig.read(config), out)
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=job.steps)
 
@@ -62,6 +62,7 @@ def sweep_table(results: dict[str, Any]) -> Any:
     """The rich table of the arms, for 100 columns; intervals stand under their figure."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     data, budget = results["data"], results["budget"]
     table = Table(
@@ -77,7 +78,7 @@ def sweep_table(results: dict[str, Any]) -> Any:
         table.add_column(name, justify="right", no_wrap=True)
     for arm in results["arms"]:
         table.add_row(
-            arm["setting"],
+            Text(arm["setting"]),
             _tokens(arm, budget),
             _interval(arm["pope"]["mean_f1"]),
             _difference(arm, "pope", "f1"),

@@ -109,7 +109,7 @@ def refuse_conflicts(new: Intervention, members: list[Intervention]) -> None:
             )
         if new.ranks_in_decoder and member.ranks_in_decoder:
             raise InputError(
-                f"{type(new).__name__}: {type(member).__name__} already ranks visual tokens inside this model's decoder; "
+                f"{type(new).__name__}: {type(member).__name__} already ranks visual tokens in this model's decoder; "
                 "their scores would not be those of either paper, so leave one context or drop one from compose"
             )
 

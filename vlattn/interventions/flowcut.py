@@ -53,15 +53,15 @@ class FlowCut(VisualPruner, TowerPruner):
     keep: visual tokens per image at the end (the paper: 192, 128 or 64 of 576; 640, 320, 160 of LLaVA-NeXT's 2880).
     positions: see `VisualPruner`.
     semantic: how value similarity is measured. `softmax` is the released code; the paper's text is said to use a
-        cosine, which `cosine` offers; `none` leaves it out (attention x size). `auto` is `softmax` where there is a CLS and `none` where
-        there is not, as the released code does.
+        cosine, which `cosine` offers; `none` leaves it out (attention x size). `auto` is `softmax` where there is a CLS
+        and `none` where there is not, as the released code does.
     count: `batch_max` drops the batch's largest count from every image, as the released code does, so that an image's
         kept set can depend on its batch; `per_image` gives each image the set it has when it is alone (ragged rows are
         masked inside the tower; needs eager or sdpa attention there). Qwen-VL always counts per image.
     decoder_layer: the decoder layer after which the second stage cuts, where there is one.
     group_aligned: on Qwen-VL, keep whole 2 x 2 cells (scores summed over a cell), each at its own place, instead of
-        single patches that the merger then mixes, four by four in the order of the tower, and that take the first places
-        of the image, as the released code does. Qwen2.5-VL's tower has patches in the order of its windows, and
+        single patches that the merger then mixes, four by four in the order of the tower, and that take the first
+        places of the image, as the released code does. Qwen2.5-VL's tower has patches in the order of its windows, and
         `trace.kept_by_layer` counts them in the order of the tower.
     """
 

@@ -1,4 +1,4 @@
-"""What pruners at the decoder's door share: choose among the visual tokens of each image, as the decoder would get them.
+"""What pruners at the decoder's door share: choose among each image's visual tokens, as the decoder would get them.
 
 It works on every model family, whatever tiles, pooling or newline tokens come before.
 """

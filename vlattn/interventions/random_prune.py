@@ -70,8 +70,8 @@ class RandomPrune(VisualPruner, PromptPruner):
 def pixel_rows(visual: VisualTokens, rows: int, by_image: list[int] | None = None) -> list[tuple[int, int]] | None:
     """Which of the tower's `rows` input rows each image of the prompts came from, as (start, stop); None if unclear.
 
-    by_image: rows of each image that the tower ran on; None where a row is a tile. There may be fewer images than in the
-        prompts, where generation repeated every prompt for its beams after the features were computed.
+    by_image: rows of each image that the tower ran on; None where a row is a tile. There may be fewer images than in
+        the prompts, where generation repeated every prompt for its beams after the features were computed.
     """
     tiles = [len(numbers) for numbers in tiles_by_image(visual)]
     whole, given = (sum(tiles), rows) if by_image is None else (visual.images, len(by_image))

@@ -43,7 +43,8 @@ METHODS: dict[str, type[Intervention]] = {
 def parse_method(text: str) -> Intervention | None:
     """`flowcut:keep=64,count=per_image` as an intervention; `vanilla` as None.
 
-    Values are read as YAML scalars or lists, as in `layers=[2,6]`. Unknown methods and fields are errors that list what there is.
+    Values are read as YAML scalars or lists, as in `layers=[2,6]`. Unknown methods and fields are errors that list what
+    there is.
     """
     if text.strip() == "vanilla":
         return None

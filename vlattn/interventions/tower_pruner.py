@@ -19,7 +19,6 @@ from vlattn.runtime.session import Session
 from vlattn.runtime.tokens import VisualTokens
 from vlattn.runtime.trace import Trace
 
-
 Reducer = Callable[[torch.Tensor], Reduced]
 
 
@@ -101,6 +100,11 @@ class TowerPruner(Intervention):
                     f"{name}: this model pools or shrinks the features of this input behind the projector (videos, or "
                     "images of many tiles), where dropped patches would leave holes; give single images within the "
                     "model's tile limit, or use a method that chooses at the decoder's door, such as DivPrune"
+                )
+            if merged and int(adapter.visual_kinds(call).unique().ge(0).sum()) > 1:
+                raise InputError(
+                    f"{name}: images and videos in one batch are not supported where tokens are merged; give one kind, "
+                    "or use a method that only selects, such as VisPruner"
                 )
             if merged:
                 return place(name, embeds, visual, merged[0], self._arrange)

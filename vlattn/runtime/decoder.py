@@ -357,8 +357,8 @@ class DecoderCuts:
         wanted = base.alive.shape[1] + behind
         if held is None or held.shape[2] < wanted:
             raise InputError(
-                f"cache: choosing anew at every step reads the keys of layer {request.layer} from the cache, which "
-                f"{type(cache_of(state.arguments)).__name__} does not hold; use a dynamic or static cache, or mode='drop'"
+                f"cache: choosing anew at every step reads the keys of layer {request.layer} from the cache, and "
+                f"{type(cache_of(state.arguments)).__name__} does not hold them; use a dynamic or static cache"
             )
         state.cached_key = held[:, :, :wanted]
         cut = request.select(state)

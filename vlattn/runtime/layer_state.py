@@ -27,7 +27,7 @@ class LayerState:
     image: int64 [B, n], running index of the image within the batch; -1 for text.
     arguments: the layer's keyword arguments (attention_mask, position_embeddings, position_ids, cache, ...).
     generated: positions cached behind the prompt; above 0 only for methods that act at every step, whose hidden states
-        are then those of the new positions alone, while alive, seen, visual, slot and keys are those of the whole sequence.
+        are then those of the new positions alone; alive, seen, visual, slot and keys are those of the whole sequence.
     """
 
     adapter: Adapter
@@ -71,7 +71,7 @@ class LayerState:
         return self._heads(self._projected("v"))
 
     def key_mask(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where positions `rows` (int64 [B, R]) may look, bool [B, R, n]: causal, seen, and inside the layer's window."""
+        """Where positions `rows` (int64 [B, R]) may look, bool [B, R, n]: causal, seen, inside the layer's window."""
         places = torch.arange(self.alive.shape[1], device=rows.device)
         # The layer's queries are the last positions of its keys.
         query = (rows + self.alive.shape[1] - self.hidden.shape[1])[..., None]  # [B, R, 1]

@@ -175,7 +175,7 @@ class Session:
             lengths, visual, kept = cuts.lengths(), cuts.visual_by_layer(), cuts.kept()
             for trace in self.traces:
                 trace.decoder_lengths, trace.visual_by_layer, trace.kept_in_decoder = lengths, visual, kept
-                trace.masked = cuts.hides
+                trace.masked = trace.masked or cuts.hides
         cuts.end()
         self._call = {}
 

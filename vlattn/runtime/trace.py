@@ -12,7 +12,8 @@ class Trace:
     """Filled during prefill, overwritten by the next one.
 
     kept: int64 [images, K], ascending patch ids that the encoder side handed on, by encoder image (tile or frame), CLS
-        not counted; -1 pads rows that kept fewer. None where nothing was chosen there.
+        not counted; -1 pads rows that kept fewer. Where a method merges or reorders, in the decoder's order: -1 is also
+        a CLS that it hands on, -2 a token merged from several. None where nothing was chosen there.
     kept_by_layer: {vision layer index: int64 [images, n]}: patch ids alive after each pruning inside the encoder;
         rows that kept fewer than n are padded with -1 at the end.
     kept_in_decoder: {decoder layer index: int64 [B, n]}: the visual tokens of each prompt that are left after that

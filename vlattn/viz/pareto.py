@@ -218,4 +218,6 @@ def _caption(figure: Any, results: Mapping[str, Any], looks: Mapping[str, Look])
     full = [whole(_full(results, panel)) for panel in PANELS]
     vanilla = f"vanilla, {' and '.join(dict.fromkeys(full))} tokens"
     columns = -(-len(handles) // (1 + (len(handles) - 1) // PER_ROW))  # rows of equal length
-    figure.legend(handles, [vanilla, *looks], loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(
+        handles, [vanilla, *looks], loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2
+    )  # fmt: skip
