@@ -79,7 +79,9 @@ def decode(
 
 def flow_score(q: torch.Tensor, k: torch.Tensor, last: torch.Tensor, v: torch.Tensor) -> list[float]:
     """The score of each visual token: q [H, d] and last [Hkv, d] of the last prompt token, k and v [Hkv, n, d] of the
-    visual ones. Both softmaxes run over visual tokens alone, both logits are scaled; heads are averaged before the norm.
+    visual ones.
+
+    Both softmaxes run over visual tokens alone and both are scaled; heads are averaged before the norm.
     """
     heads_, kv, n, d = q.shape[0], k.shape[0], k.shape[1], k.shape[2]
     relevance, semantic, size = [0.0] * n, [0.0] * n, [0.0] * n

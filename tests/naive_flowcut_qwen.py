@@ -63,13 +63,12 @@ def flow(
     """
     vision, config = model.model.visual, model.config.vision_config
     places = order_of(model, rows, columns)
-    wide = columns // MERGE
     given = [4 * place.cell + place.row % MERGE * MERGE + place.column % MERGE for place in places]
     assert sorted(given) == list(range(rows * columns))
-    assert wide * (rows // MERGE) * 4 == len(given)
     x = pixels[given] @ vision.patch_embed.proj.weight.flatten(1).T
     target, last = min(8 * keep, len(places)), len(vision.blocks) - 1
-    left, by_layer, average, gap = list(range(len(places))), {}, None, math.inf
+    left, by_layer, gap = list(range(len(places))), dict[int, list[int]](), math.inf
+    average: list[float] = []
     for number, block in enumerate(vision.blocks):
         now = [places[i] for i in left]
         y = block.norm1(x)
@@ -87,11 +86,9 @@ def flow(
             score = [a * s for a, s in zip(weights, size, strict=True)]
         else:
             alike = similarity(v, semantic)
-            score = [
-                (a / sum(weights) + b / sum(alike)) * s for a, b, s in zip(weights, alike, size, strict=True)
-            ]
+            score = [(a / sum(weights) + b / sum(alike)) * s for a, b, s in zip(weights, alike, size, strict=True)]
         score, weights = summed(score, unit), summed(weights, unit)
-        average = score if average is None else [0.5 * a + 0.5 * b for a, b in zip(average, score, strict=True)]
+        average = score if not average else [0.5 * a + 0.5 * b for a, b in zip(average, score, strict=True)]
         remaining = last - number
         if remaining % 2:
             continue
@@ -160,8 +157,7 @@ def norms(v: torch.Tensor) -> list[float]:
 def similarity(v: torch.Tensor, semantic: str) -> list[float]:
     """How alike each value [H, n, d] is to the mean value: an unscaled softmax by head, or the cosine of head means."""
     if semantic == "softmax":
-        per_head = [(v[head] @ v[head].mean(0)).softmax(0) for head in range(v.shape[0])]
-        return (sum(per_head) / v.shape[0]).tolist()
+        return torch.stack([(head @ head.mean(0)).softmax(0) for head in v]).mean(0).tolist()
     mean = v.mean(0)
     return [max(float(torch.cosine_similarity(mean[j], mean.mean(0), dim=0)), 0.0) for j in range(v.shape[1])]
 

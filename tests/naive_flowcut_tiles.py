@@ -13,8 +13,8 @@ import torch
 
 
 class Placed(NamedTuple):
-    """What is left of one image or video, in the decoder's order: features [n, D], and the placeholder, counted from the
-    image's first, that each takes the place of; total: how many placeholders there are."""
+    """What is left of one image or video, in the decoder's order: features [n, D]; slots: the placeholder that each
+    takes the place of, counted from the image's first; total: how many placeholders there are."""
 
     features: torch.Tensor
     slots: list[int]
@@ -90,8 +90,8 @@ def stitched(
 
 
 class Flow(NamedTuple):
-    """feature [P', C]: output of the feature layer; kept: patch ids; by_layer: those left after each pruning; gap: by how
-    much the worst score that stays beats the best that leaves, over the best."""
+    """feature [P', C]: output of the feature layer; kept: patch ids; by_layer: those left after each pruning; gap: by
+    how much the worst score that stays beats the best that leaves, over the best."""
 
     feature: torch.Tensor
     kept: list[int]
@@ -100,11 +100,13 @@ class Flow(NamedTuple):
 
 
 @torch.no_grad()
-def without_cls(tower: Any, pixels: torch.Tensor, target: int, feature_layer: int, semantic: str = "none") -> list[Flow]:
+def without_cls(
+    tower: Any, pixels: torch.Tensor, target: int, feature_layer: int, semantic: str = "none"
+) -> list[Flow]:
     """FlowCut in a SigLIP tower on images [B, 3, h, w], the drop at each pruning shared: the largest of the batch.
 
-    Scored by the mean query over all patches, as the released code does for Qwen2-VL; the last pruning follows the layer
-    before the feature layer.
+    Scored by the mean query over all patches, as the released code does for Qwen2-VL; the last pruning follows the
+    layer before the feature layer.
     """
     tower = getattr(tower, "vision_model", tower)
     states = list(tower.embeddings(pixels))
@@ -132,9 +134,7 @@ def without_cls(tower: Any, pixels: torch.Tensor, target: int, feature_layer: in
             if alike is None:
                 score = [a * s for a, s in zip(weights, size, strict=True)]
             else:
-                score = [
-                    (a / sum(weights) + b / sum(alike)) * s for a, b, s in zip(weights, alike, size, strict=True)
-                ]
+                score = [(a / sum(weights) + b / sum(alike)) * s for a, b, s in zip(weights, alike, size, strict=True)]
             old = averages[image]
             averages[image] = score if old is None else [0.5 * a + 0.5 * b for a, b in zip(old, score, strict=True)]
             attentions.append(weights)

@@ -1,4 +1,4 @@
-"""FlowCut on LLaVA-NeXT against plain loops: the tower tile by tile, the stitched order, and the cut inside the decoder."""
+"""FlowCut on LLaVA-NeXT against plain loops: the tower tile by tile, the stitched order, the cut in the decoder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import vlattn
 from vlattn.errors import InputError
@@ -63,10 +64,13 @@ def images_of(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Every image of a batch as the plain loops leave it, and what they say of the tiles, all in one encoder batch."""
     grids = [TILES[tuple(size)] for size in inputs["image_sizes"].tolist()]
-    pixels = torch.cat([own[: 1 + high * wide] for own, (high, wide) in zip(inputs["pixel_values"], grids, strict=True)])
+    pixels = torch.cat(
+        [own[: 1 + high * wide] for own, (high, wide) in zip(inputs["pixel_values"], grids, strict=True)]
+    )
     tower = model.model.vision_tower
     with torch.no_grad():
         x = naive.embeddings(tower, pixels)
+        flow: dict[str, Any]
         if per_image:
             each = [naive.naive_flowcut(tower, one[None], keep // 2, FEATURE) for one in x]
             flow = {"kept": [one["kept"][0] for one in each], "feature": torch.cat([one["feature"] for one in each])}
@@ -88,7 +92,7 @@ def images_of(
 @pytest.mark.parametrize(("keep", "images"), [(8, 1), (13, 2), (2, 1)])
 def test_half_the_budget_of_every_tile_enters_the_decoder_in_raster_order_of_the_stitched_grid(
     llava_next: Any, families: ModuleType, naive: ModuleType, tiles: ModuleType, stage: ModuleType,
-    keep: int, images: int, count: str,
+    keep: int, images: int, count: Any,
 ) -> None:  # fmt: skip
     """Images of three and five tiles in a left-padded batch: the small view first, cropped cells gone, no newline."""
     model = llava_next()
@@ -96,6 +100,7 @@ def test_half_the_budget_of_every_tile_enters_the_decoder_in_raster_order_of_the
     placed, flow = images_of(tiles, naive, model, inputs, keep, count == "per_image")
     with torch.no_grad(), vlattn.FlowCut(keep=keep, count=count)(model) as trace, stage.watching(model) as seen:
         model(**inputs)
+    assert trace.kept is not None
     assert trace.kept.tolist() == flow["kept"]
     assert trace.kept.shape[1] == keep // 2
     if count == "batch_max":
@@ -144,6 +149,7 @@ def test_rows_of_two_tiles_side_by_side_interleave(families: ModuleType, stage: 
         model(**inputs)
     with torch.no_grad():  # the layers pass on what they get
         features = model.model.multi_modal_projector(tower.pre_layrnorm(tower.embeddings(pixels))[:, 1:])
+    assert trace.kept is not None
     assert trace.kept.tolist() == bright
     order = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (1, 4), (2, 3), (1, 8), (2, 6)]
     expected = torch.stack([features[tile, patch] for tile, patch in order])
@@ -153,10 +159,10 @@ def test_rows_of_two_tiles_side_by_side_interleave(families: ModuleType, stage: 
 
 def small() -> dict[str, Any]:
     """A tower with tiles of 3 x 3 patches."""
-    import transformers as hf
-
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return {"vision_config": hf.CLIPVisionConfig(**vision, image_size=12, patch_size=4), "image_seq_length": 9}
+    vision = hf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=12, patch_size=4
+    )
+    return {"vision_config": vision, "image_seq_length": 9}
 
 
 def test_the_batchs_largest_count_couples_tiles_and_a_count_of_each_image_does_not(
@@ -167,7 +173,7 @@ def test_the_batchs_largest_count_couples_tiles_and_a_count_of_each_image_does_n
     both = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
     first = {name: value[:1] for name, value in both.items()}
 
-    def kept(count: str, given: Inputs) -> tuple[list[list[int]], list[list[int]]]:
+    def kept(count: Any, given: Inputs) -> tuple[list[list[int]], list[list[int]]]:
         """The patches left after the first pruning and at the end."""
         with torch.no_grad(), vlattn.FlowCut(keep=8, count=count)(model) as trace:
             model.model.get_image_features(**given, return_dict=True)
@@ -200,7 +206,9 @@ def test_cls_counts_inside_the_half_of_the_budget_where_the_model_hands_it_over(
 @pytest.mark.parametrize(("strategy", "keep", "least"), [("default", 1, 2), ("full", 3, 4), ("full", 2, 4)])
 def test_a_budget_whose_half_is_nothing_is_refused(llava_next: Any, strategy: str, keep: int, least: int) -> None:
     model = llava_next(vision_feature_select_strategy=strategy)
-    with pytest.raises(InputError, match=f"keep: got {keep}; half of it is kept of every tile, so give at least {least}"):
+    with pytest.raises(
+        InputError, match=f"keep: got {keep}; half of it is kept of every tile, so give at least {least}"
+    ):
         vlattn.attach(model, vlattn.FlowCut(keep=keep))
 
 
@@ -217,6 +225,7 @@ def test_a_budget_of_all_tokens_gives_the_stock_logits_bit_for_bit(
         with vlattn.FlowCut(keep=largest)(model) as trace:
             assert torch.equal(model(**inputs).logits, expected)
             assert torch.equal(model.generate(**inputs, **more), said)
+    assert trace.kept is not None
     assert trace.kept.tolist() == [list(range(16))] * 14
     assert trace.kept_by_layer == {}
     assert trace.kept_in_decoder == {}
@@ -259,7 +268,7 @@ def layer_positions(model: Any) -> Iterator[list[list[torch.Tensor]]]:
 @pytest.mark.parametrize(("keep", "images"), [(8, 1), (6, 2)], ids=["one-image", "two-images"])
 def test_the_cut_behind_layer_1_the_logits_and_the_cache_are_those_of_a_plain_decoder(
     llava_next: Any, families: ModuleType, naive: ModuleType, tiles: ModuleType, stage: ModuleType,
-    keep: int, images: int, positions: str,
+    keep: int, images: int, positions: Any,
 ) -> None:  # fmt: skip
     model = llava_next()
     inputs = with_positions(families.inputs("llava_next", model, images=images))
@@ -292,7 +301,7 @@ def test_the_cut_behind_layer_1_the_logits_and_the_cache_are_those_of_a_plain_de
 @pytest.mark.parametrize(("keep", "images"), [(8, 1), (6, 2)], ids=["one-image", "two-images"])
 def test_cached_decoding_equals_recomputing_everything_with_the_same_kept_set(
     llava_next: Any, families: ModuleType, naive: ModuleType, tiles: ModuleType, stage: ModuleType,
-    keep: int, images: int, positions: str,
+    keep: int, images: int, positions: Any,
 ) -> None:  # fmt: skip
     model = llava_next()
     inputs = families.inputs("llava_next", model, images=images)
@@ -308,9 +317,7 @@ def test_cached_decoding_equals_recomputing_everything_with_the_same_kept_set(
         full = int(inputs["attention_mask"][b].sum())
         expected = decoded(stage, model, seen[0], prompt, b, keep, positions == "compact", new[b, :-1].tolist(), full)
         for step in range(STEPS):  # generate hands logits on in fp32
-            torch.testing.assert_close(
-                out.logits[step][b], expected.logits[step - STEPS].float(), rtol=2e-6, atol=2e-6
-            )
+            torch.testing.assert_close(out.logits[step][b], expected.logits[step - STEPS].float(), rtol=2e-6, atol=2e-6)
     assert len(set(new.flatten().tolist())) > 2
 
 
@@ -338,7 +345,7 @@ def test_layers_below_the_cut_count_all_that_entered_and_those_above_what_is_lef
 def test_the_decoder_leaves_images_alone_that_are_within_the_budget(
     llava_next: Any, families: ModuleType, naive: ModuleType, tiles: ModuleType, stage: ModuleType
 ) -> None:
-    """A letterboxed image loses most of its tiles' tokens to the cropping: what is left fits, and stock code runs on it."""
+    """A letterboxed image loses most of its tiles' tokens to the cropping: what is left fits, stock code runs on it."""
     keep = 14
     for seed in range(40):
         model = llava_next(seed=seed)
@@ -372,6 +379,7 @@ def test_eager_attention_and_half_precision_keep_as_many_tokens_and_give_finite_
         logits = model(**inputs).logits
     assert logits.dtype == dtype
     assert bool(logits[:, -1].isfinite().all())
+    assert trace.kept is not None
     assert trace.kept.shape == (8, 4)
     assert trace.visual_by_layer[2][1] == 8  # the other image loses more to its cropping
 

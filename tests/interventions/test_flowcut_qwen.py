@@ -92,7 +92,8 @@ def sequences(
     for b, ids in enumerate(inputs["input_ids"]):
         tokens = ids[inputs["attention_mask"][b].bool()].tolist()
         places = plain.positions_of(tokens, model.config.image_token_id, sizes[b * images : (b + 1) * images])
-        rows, positions, stands, at = [], [], [], 0
+        stands: list[list[int]] = []
+        rows, positions, at = [], [], 0
         while at < len(tokens):
             if tokens[at] != model.config.image_token_id:
                 rows.append(table[tokens[at]])
@@ -276,9 +277,9 @@ def test_videos_are_refused_and_the_model_still_works(qwen: Any, families: Modul
     inputs = families.inputs(family, model, images=0, video=True)
     with torch.no_grad():
         expected = model(**inputs).logits
-        with pytest.raises(InputError, match="pixel_values_videos: FlowCut does not prune videos"):
-            with vlattn.FlowCut(keep=2)(model):
-                model(**inputs)
+        refused = pytest.raises(InputError, match="pixel_values_videos: FlowCut does not prune videos")
+        with refused, vlattn.FlowCut(keep=2)(model):
+            model(**inputs)
         assert torch.equal(model(**inputs).logits, expected)
 
 
@@ -361,9 +362,7 @@ def test_cached_decoding_equals_recomputing_everything_with_the_same_kept_set(
     for b, stands in enumerate(places):
         expected = decoded(stage, model, seen[0], stands, b, keep, new[b, :-1])
         for step in range(STEPS):  # generate hands logits on in fp32
-            torch.testing.assert_close(
-                out.logits[step][b], expected.logits[step - STEPS].float(), rtol=2e-6, atol=2e-6
-            )
+            torch.testing.assert_close(out.logits[step][b], expected.logits[step - STEPS].float(), rtol=2e-6, atol=2e-6)
     assert len(set(new.flatten().tolist())) > 2
 
 
@@ -395,7 +394,7 @@ def test_eager_attention_and_half_precision_keep_as_many_tokens_and_give_finite_
     assert logits.dtype == dtype
     assert bool(logits[:, -1].isfinite().all())
     assert trace.kept_by_layer[5].shape == (2, 16)
-    assert [layer for layer in trace.visual_by_layer] == [[4, 4], [4, 4], [2, 2], [2, 2], [2, 2]]
+    assert trace.visual_by_layer == [[4, 4], [4, 4], [2, 2], [2, 2], [2, 2]]
     assert bool((trace.kept_by_layer[5].diff(dim=1) > 0).all())
 
 

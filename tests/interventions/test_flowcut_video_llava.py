@@ -107,6 +107,7 @@ def test_images_and_frames_enter_with_what_the_plain_loops_keep_of_each(
     placed, kept = placed_of(tiles, naive, model, inputs, keep, images, videos, lead)
     with torch.no_grad(), vlattn.FlowCut(keep=keep)(model) as trace, stage.watching(model) as seen:
         model(**inputs)
+    assert trace.kept is not None
     assert trace.kept.tolist() == kept["video" if videos else "image"]  # of the tower that ran last
     per_frame = keep - lead + 1
     assert trace.visual_by_layer == [[images * keep + videos * FRAMES * per_frame] * 2] * 5

@@ -64,6 +64,7 @@ class Handle:
             raise InputError("handle: it is attached already; call detach() first, or make another one")
         session = session_of(self.model, adapter_for)
         self._session = session
+        self._hooks.gate = session.gate
         try:
             for part in self.intervention._parts():
                 refuse_family(part, type(session.adapter))

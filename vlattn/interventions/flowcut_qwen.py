@@ -195,6 +195,8 @@ class QwenFlow:
     def _spread(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """After the merger: its tokens at their cells, or kept for the decoder's door; NaN for what is gone."""
         now, self.now = self.now, None
+        if now is not None:
+            self.trace.kept = _rows(now.ids).cpu()
         if now is None or not now.pruned:
             self.merged.clear()
             return None

@@ -86,6 +86,11 @@ class Adapter(ABC):
         """The attention module of a decoder layer."""
         return self.decoder_layers[layer].self_attn
 
+    @property
+    def wrapper_ids(self) -> tuple[int, ...]:
+        """Tokens that a family puts around an image, which leave together with it."""
+        return ()
+
     # What it is like --------------------------------------------------------------------------------------------------
     @property
     def image_token_id(self) -> int:

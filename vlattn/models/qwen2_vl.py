@@ -40,6 +40,10 @@ class Qwen2VLAdapter(Adapter):
         return self.config.image_token_id, self.config.video_token_id
 
     @property
+    def wrapper_ids(self) -> tuple[int, ...]:
+        return self.config.vision_start_token_id, self.config.vision_end_token_id
+
+    @property
     def grid(self) -> tuple[int, int]:
         raise InputError(
             f"grid: images of {self.config.model_type} have any size, so there is no one grid; "

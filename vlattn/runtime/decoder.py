@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlattn.errors import InputError
-from vlattn.runtime.hooks import HookSet, as_keywords, cache_of
+from vlattn.runtime.hooks import Gate, HookSet, as_keywords, cache_of
 from vlattn.runtime.layer_state import LayerState
 from vlattn.runtime.sequence import Positions, Segment, cache_width
 from vlattn.runtime.tokens import VisualTokens
@@ -85,10 +85,10 @@ class _Now:
 class DecoderCuts:
     """The requests on one model, and the state of the prompt at hand."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, gate: Gate | None = None) -> None:
         self.adapter = adapter
         self.requests: list[Request] = []
-        self._hooks = HookSet()
+        self._hooks = HookSet(gate)
         self._forget()
 
     # Requests ---------------------------------------------------------------------------------------------------------
@@ -384,6 +384,10 @@ class DecoderCuts:
             ids = ids.expand(drop.shape[0], -1)
         shift = drop.sum(1) if now.shift is None else now.shift + drop.sum(1)
         return chosen.take(ids - drop.cumsum(1)).clamp(min=0), shift
+
+    def at(self, layer: int) -> _Now | None:
+        """The sequence that a layer runs on, in the prompt at hand; None before any prompt."""
+        return self.entering.get(layer, self._start)
 
     # What the trace tells ---------------------------------------------------------------------------------------------
     def visual_by_layer(self) -> list[list[int]]:

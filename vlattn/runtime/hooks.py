@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
-class HookSet:
-    """Forward hooks registered together and removed together, newest first."""
+class Gate:
+    """Shut while a model runs for somebody's own purposes, such as a second stream that no intervention touches."""
 
     def __init__(self) -> None:
+        self.closed = False
+
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        before, self.closed = self.closed, True
+        try:
+            yield
+        finally:
+            self.closed = before
+
+
+class HookSet:
+    """Forward hooks registered together and removed together, newest first. Behind a shut gate none of them runs."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate or Gate()
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """`hook(module, args, kwargs)` runs before `module`; it may return new (args, kwargs)."""
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(self._gated(hook), with_kwargs=True))
 
     def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """`hook(module, args, output)` runs after `module`, before hooks that are already there; it may replace output.
 
         First in line, so that whatever records hidden states sees the edited ones, as the next layer does.
         """
-        self._handles.append(module.register_forward_hook(hook, prepend=True))
+        self._handles.append(module.register_forward_hook(self._gated(hook), prepend=True))
+
+    def _gated(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def gated(*args: Any) -> Any:
+            return None if self.gate.closed else hook(*args)
+
+        return gated
 
     def also(self, undo: Callable[[], None]) -> None:
         """Call `undo()` when the hooks are removed."""
@@ -57,3 +82,8 @@ def cached_length(arguments: dict[str, Any]) -> int:
     """How many positions the cache among `arguments` holds already; 0 for none: the call is a prefill."""
     cache = cache_of(arguments)
     return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What this module's forward calls its KV cache."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"

@@ -11,8 +11,9 @@ from torch import nn
 
 from vlattn.errors import InputError
 from vlattn.runtime.decoder import DecoderCuts
-from vlattn.runtime.hooks import HookSet, as_keywords, cached_length
+from vlattn.runtime.hooks import Gate, HookSet, as_keywords, cached_length
 from vlattn.runtime.labels import LabelledCall
+from vlattn.runtime.routing import AttentionEdits
 from vlattn.runtime.sequence import (
     Positions,
     Segment,
@@ -40,6 +41,8 @@ class Session:
     drops_features: whether somebody marks pruned image features (as NaN), so that a prompt without marks is an error.
     choosers: what decides at the decoder's door which visual tokens leave, features as the decoder would get them.
     cuts: what is dropped inside the decoder.
+    attention: what is edited in attention rows.
+    gate: shut while the model runs without any intervention.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
@@ -50,11 +53,13 @@ class Session:
         self.positions: Positions = "compact"
         self.drops_features = False
         self.choosers: list[PromptChooser] = []
-        self.cuts = DecoderCuts(adapter)
+        self.gate = Gate()
+        self.cuts = DecoderCuts(adapter, self.gate)
+        self.attention = AttentionEdits(adapter, self.cuts, self.gate)
         self._call: dict[str, Any] = {}
         self._short: ShortPrompt | None = None
         self._mask_is_short = False
-        self._hooks = HookSet()
+        self._hooks = HookSet(self.gate)
         self._labels = LabelledCall(model, self)
         self._hooks.before(model, self._labels.take)
         self._hooks.after(model, self._labels.give)

@@ -8,7 +8,7 @@ the visual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,22 +107,24 @@ class Branches:
         # An answer's tokens are predicted one position earlier; shorter answers have targets to ignore in front.
         targets = ids.masked_fill(~answer, IGNORED)[:, -longest:]  # [B, A]
         asked = slice(ids.shape[1] - longest - 1, -1)
-        states, calls, last = self._keep(batch.inputs)
+        states, calls, last = self._keep(batch.inputs, layers)
         keep_logits = self.head(last[:, asked])  # [B, A, V]
         span = gate_span(batch.prompt & ~visual, text_after_image(visual, batch.prompt))
+        if bool(visual.any()):
+            calls = self._blind(calls, visual, batch.inputs["attention_mask"].bool(), last.dtype)
         found = {}
-        # One segment for all layers, with the visual keys out of sight.
-        valid = batch.inputs["attention_mask"].bool()
-        blind = Segment.whole(valid).hiding(visual) if bool(visual.any()) else None
         for layer in layers:
-            exit_logits = self.head(self._exit(states[layer], calls, blind, layer)[:, asked])
+            exit_logits = self.head(self._exit(states[layer], calls, layer)[:, asked])
             y = exit_labels(keep_logits, exit_logits, targets, self.agreement, self.loss_ratio)
             found[layer] = GateTask(gate_input(states[layer], span), y)
         return found
 
-    def _keep(self, inputs: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[dict[str, Any]], torch.Tensor]:
-        """Branch K: the state after each layer [B, T, C], each layer's other arguments, and the normed last state."""
-        states: list[torch.Tensor] = []
+    def _keep(
+        self, inputs: dict[str, torch.Tensor], wanted: Sequence[int]
+    ) -> tuple[dict[int, torch.Tensor], list[dict[str, Any]], torch.Tensor]:
+        """Branch K: the states after the layers `wanted` [B, T, C], every layer's other arguments, and the normed last
+        state."""
+        states: dict[int, torch.Tensor] = {}
         calls: list[dict[str, Any]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,7 +133,8 @@ class Branches:
             calls.append(call)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states.append(_state(output))
+            if len(calls) - 1 in wanted:
+                states[len(calls) - 1] = _state(output)
 
         hooks = HookSet()
         try:
@@ -141,41 +144,31 @@ class Branches:
             last = self.adapter.multimodal(**inputs, use_cache=False).last_hidden_state
         finally:
             hooks.remove()
-        length = inputs["input_ids"].shape[1]
-        if any(state.shape[1] != length for state in states):
+        if last.shape[1] != inputs["input_ids"].shape[1]:
             raise InputError(
                 "model: an intervention on it drops tokens; leave its context, and train the gates on the bare model"
             )
         return states, calls, last
 
-    def _exit(
-        self, hidden: torch.Tensor, calls: list[dict[str, Any]], blind: Segment | None, layer: int
-    ) -> torch.Tensor:
-        """Branch X: the normed last state [B, T, C] when the layers after `layer` see keys of `blind` alone."""
-        hooks = HookSet()
-        above = list(zip(self.adapter.decoder_layers, calls, strict=True))[layer + 1 :]
-        try:
-            for module, call in above:
-                if blind is not None:
-                    hooks.before(module, self._hide(blind))
-                hidden = _state(module(hidden, **call))
-        finally:
-            hooks.remove()
+    def _blind(
+        self, calls: list[dict[str, Any]], visual: torch.Tensor, valid: torch.Tensor, dtype: torch.dtype
+    ) -> list[dict[str, Any]]:
+        """The layers' arguments with masks that hide visual keys [B, T] from everybody."""
+        segment = Segment.whole(valid).hiding(visual)
+        made: dict[int, Any] = {}  # layers share masks
+        for call in calls:
+            mask = call.get("attention_mask")
+            if id(mask) not in made:
+                made[id(mask)] = segment.mask(
+                    mask, generated=0, new=0, width=None, implementation=self.attention, dtype=dtype
+                )
+        return [{**call, "attention_mask": made[id(call.get("attention_mask"))]} for call in calls]
+
+    def _exit(self, hidden: torch.Tensor, calls: list[dict[str, Any]], layer: int) -> torch.Tensor:
+        """Branch X: the layers after `layer` run again with the arguments `calls`; the normed last state [B, T, C]."""
+        for module, call in list(zip(self.adapter.decoder_layers, calls, strict=True))[layer + 1 :]:
+            hidden = _state(module(hidden, **call))
         return self.adapter.language_model.norm(hidden)
-
-    def _hide(self, blind: Segment) -> Callable[..., tuple[Any, ...]]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-            mask = blind.mask(
-                kwargs.get("attention_mask"),
-                generated=0,
-                new=0,
-                width=None,
-                implementation=self.attention,
-                dtype=args[0].dtype,
-            )
-            return args, {**kwargs, "attention_mask": mask}
-
-        return hook
 
 
 def _state(output: Any) -> torch.Tensor:

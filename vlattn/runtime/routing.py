@@ -1,0 +1,254 @@
+"""Attention routing: the stock attention runs for all rows, and the few rows that a method edits are computed again.
+
+One attention function per base implementation (`vlattn_sdpa`, `vlattn_eager`, ...) is registered with transformers,
+with the base's own mask function, and chosen on one model's config instance while somebody needs it. It calls the base
+and then, for layers with edits, recomputes the last rows densely: [B, H, R, K] for R rows, never [T, T].
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlattn.errors import InputError
+from vlattn.kernels.reference import accumulation_dtype
+from vlattn.runtime.hooks import Gate, HookSet
+
+if TYPE_CHECKING:
+    from vlattn.models.adapter import Adapter
+    from vlattn.runtime.decoder import DecoderCuts
+
+PREFIX = "vlattn_"
+
+
+@dataclass
+class AttentionCall:
+    """One call of a decoder layer's attention, seen by the edits of its last rows.
+
+    layer: 0-based decoder layer.
+    prefill: whether the queries are the prompt's.
+    query, key, value: as attention gets them [B, H or H_kv, Q or K, d], positions turned in.
+    visual: bool [B, K], keys that are visual tokens; False for generated tokens.
+    alive: bool [B, K], keys that are no padding (and not behind the end of a static cache).
+    prompt: keys of the prompt; those behind it were generated.
+    """
+
+    layer: int
+    prefill: bool
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visual: torch.Tensor
+    alive: torch.Tensor
+    prompt: int
+
+
+class AttentionEdit(Protocol):
+    """What a method does to attention rows. `rows` says how many of the last query rows it wants, 0 for none."""
+
+    def rows(self, call: AttentionCall) -> int: ...
+
+    def logits(self, call: AttentionCall, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """New scaled logits [B, H, R, K] (fp32, before the mask); allowed: bool [B or 1, 1, R, K]."""
+        ...
+
+    def weights(self, call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """New weights [B, H, R, K] (fp32) and which rows changed (bool [B, H, R]); None for all."""
+        ...
+
+
+class Plain:
+    """Defaults for edits that act on logits or weights alone."""
+
+    def logits(self, call: AttentionCall, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def weights(self, call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weights, None
+
+
+# The edits of every attention module that has some; the registered functions look here.
+_ROUTES: weakref.WeakKeyDictionary[nn.Module, _Route] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Route:
+    owner: AttentionEdits
+    layer: int
+
+
+class AttentionEdits:
+    """The edits on one model's decoder."""
+
+    def __init__(self, adapter: Adapter, cuts: DecoderCuts, gate: Gate) -> None:
+        self._adapter, self._cuts, self._gate = adapter, cuts, gate
+        self._edits: dict[int, list[AttentionEdit]] = {}
+        self._before: str | None = None
+
+    def add(self, layers: list[int], edit: AttentionEdit, hooks: HookSet) -> None:
+        """Have `edit` act on `layers` until `hooks` are removed."""
+        if not self._edits:
+            self._install()
+        for layer in layers:
+            self._edits.setdefault(layer, []).append(edit)
+            _ROUTES[self._adapter.decoder_attention(layer)] = _Route(self, layer)
+        hooks.also(lambda: self._drop(layers, edit))
+
+    def _drop(self, layers: list[int], edit: AttentionEdit) -> None:
+        for layer in layers:
+            self._edits[layer] = [known for known in self._edits[layer] if known is not edit]
+            if not self._edits[layer]:
+                del self._edits[layer]
+                _ROUTES.pop(self._adapter.decoder_attention(layer), None)
+        if not self._edits:
+            self._adapter.text_config._attn_implementation = self._before
+
+    def _install(self) -> None:
+        config = self._adapter.text_config
+        self._before = config._attn_implementation
+        config._attn_implementation = register(self._before or "eager")
+
+    def edit(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The last R rows edited: (output [B, R, H, d], which rows changed bool [B, R, H], weights); None for none."""
+        if self._gate.closed:
+            return None
+        call = self._call(layer, query, key, value)
+        if call is None:
+            return None
+        edits = self._edits[layer]
+        wanted = [edit.rows(call) for edit in edits]
+        most = max(wanted)
+        if not most:
+            return None
+        allowed = allowed_keys(mask, call.alive, query.shape[2], most)
+        logits = scaled_logits(query[:, :, -most:], key, kwargs.get("scaling"))
+        cap = kwargs.get("softcap")
+        if cap is not None:
+            logits = (logits / cap).tanh() * cap
+        touched = logits.new_zeros(logits.shape[:3], dtype=torch.bool)
+        for edit, rows in zip(edits, wanted, strict=True):
+            if rows:
+                new = edit.logits(call, logits[:, :, -rows:], allowed[:, :, -rows:])
+                if new is not logits:
+                    touched[:, :, -rows:] |= (new != logits[:, :, -rows:]).any(-1)
+                    logits = torch.cat([logits[:, :, :-rows], new], 2)
+        weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0)
+        for edit, rows in zip(edits, wanted, strict=True):
+            if rows:
+                new, changed = edit.weights(call, weights[:, :, -rows:])
+                if changed is not None:
+                    touched[:, :, -rows:] |= changed
+                    weights = torch.cat([weights[:, :, :-rows], new], 2)
+        if not bool(touched.any()):
+            return None
+        output = weighted_values(weights, value)
+        return output.transpose(1, 2).to(query.dtype), touched.transpose(1, 2), weights
+
+    def _call(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionCall | None:
+        now = self._cuts.at(layer)
+        if now is None:
+            return None
+        prompt, keys = now.alive.shape[1], key.shape[2]
+        behind = 0 if self._cuts.prefill else self._cuts.generated + query.shape[2]
+        places = torch.arange(keys, device=key.device)
+        visual = torch.zeros(key.shape[0], keys, dtype=torch.bool, device=key.device)
+        visual[:, :prompt] = now.tokens.visual
+        alive = (places < prompt + behind).expand(key.shape[0], -1).clone()
+        alive[:, :prompt] &= now.alive if now.segment is None else now.segment.keys
+        return AttentionCall(layer, self._cuts.prefill, query, key, value, visual, alive, prompt)
+
+
+# Registration ---------------------------------------------------------------------------------------------------------
+def register(base: str) -> str:
+    """The name of the routed form of an attention implementation, known to transformers from the first call on."""
+    if base.startswith(PREFIX):
+        return base
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        if base.startswith("flex") or "paged" in base:
+            raise InputError(
+                f"attn_implementation: attention rows cannot be edited on {base}; "
+                "load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+            )
+        AttentionInterface.register(name, _routed(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def base_name(implementation: str | None) -> str:
+    """An implementation's name without the routing prefix."""
+    return (implementation or "eager").removeprefix(PREFIX)
+
+
+def _routed(base: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        function = _base(module, base)
+        output, weights = function(module, query, key, value, mask, **kwargs)
+        route = _ROUTES.get(module)
+        if route is None:
+            return output, weights
+        edited = route.owner.edit(route.layer, query, key, value, mask, **kwargs)
+        if edited is None:
+            return output, weights
+        rows, touched, made = edited
+        n = rows.shape[1]
+        output = torch.cat([output[:, :-n], torch.where(touched[..., None], rows, output[:, -n:])], 1)
+        if weights is not None:
+            new = torch.where(touched.transpose(1, 2)[..., None], made.to(weights.dtype), weights[:, :, -n:])
+            weights = torch.cat([weights[:, :, :-n], new], 2)
+        return output, weights
+
+    return attention
+
+
+def _base(module: nn.Module, base: str) -> Callable[..., Any]:
+    if base == "eager":  # every modelling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+# Dense rows -----------------------------------------------------------------------------------------------------------
+def allowed_keys(mask: Any, alive: torch.Tensor, queries: int, rows: int) -> torch.Tensor:
+    """Which keys the last `rows` of `queries` query rows may look at, bool [B or 1, 1, rows, K]."""
+    keys = alive.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        last = mask[:, :1, -rows:, :keys]
+        return (last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2) & alive[:, None, None]
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        raise InputError(
+            f"attention_mask: rows cannot be edited under a {type(mask).__name__}; "
+            "load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+        )
+    ends = int(alive.any(0).nonzero().max()) + 1  # behind it a static cache is empty
+    places = torch.arange(keys, device=alive.device)
+    own = torch.arange(ends - rows, ends, device=alive.device)
+    return ((places <= own[:, None]) & alive[:, None])[:, None]
+
+
+def scaled_logits(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """scaling * q k^T [B, H, R, K] in fp32 (fp64 stays); key heads serve groups of query heads."""
+    dtype = accumulation_dtype(query.dtype)
+    batch, heads, rows, width = query.shape
+    grouped = query.to(dtype).reshape(batch, key.shape[1], -1, width)  # [B, H_kv, G * R, d]
+    logits = grouped @ key.to(dtype).transpose(-1, -2)
+    return logits.view(batch, heads, rows, -1) * (width**-0.5 if scaling is None else scaling)
+
+
+def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weights @ v [B, H, R, d], accumulated as the weights are."""
+    batch, heads, rows, keys = weights.shape
+    grouped = weights.reshape(batch, value.shape[1], -1, keys)
+    return (grouped @ value.to(weights.dtype)).view(batch, heads, rows, -1)
