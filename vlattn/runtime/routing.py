@@ -62,7 +62,7 @@ class AttentionEdit(Protocol):
         ...
 
     def weights(self, call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """New weights [B, H, R, K] (fp32) and which rows changed (bool [B, H, R]); None for all."""
+        """New weights [B, H, R, K] (fp32) and which rows changed (bool [B, H, R]); None for none."""
         ...
 
 
@@ -103,6 +103,10 @@ class AttentionEdits:
             _ROUTES[self._adapter.decoder_attention(layer)] = _Route(self, layer)
         hooks.also(lambda: self._drop(layers, edit))
 
+    def on(self, layer: int) -> list[AttentionEdit]:
+        """The edits that act on a layer, in the order they were added."""
+        return list(self._edits.get(layer, ()))
+
     def _drop(self, layers: list[int], edit: AttentionEdit) -> None:
         for layer in layers:
             self._edits[layer] = [known for known in self._edits[layer] if known is not edit]
@@ -131,7 +135,7 @@ class AttentionEdits:
         most = max(wanted)
         if not most:
             return None
-        allowed = allowed_keys(mask, call.alive, query.shape[2], most)
+        allowed = allowed_keys(mask, call.alive, most, kwargs.get("sliding_window"))
         logits = scaled_logits(query[:, :, -most:], key, kwargs.get("scaling"))
         cap = kwargs.get("softcap")
         if cap is not None:
@@ -221,8 +225,11 @@ def _base(module: nn.Module, base: str) -> Callable[..., Any]:
 
 
 # Dense rows -----------------------------------------------------------------------------------------------------------
-def allowed_keys(mask: Any, alive: torch.Tensor, queries: int, rows: int) -> torch.Tensor:
-    """Which keys the last `rows` of `queries` query rows may look at, bool [B or 1, 1, rows, K]."""
+def allowed_keys(mask: Any, alive: torch.Tensor, rows: int, window: int | None = None) -> torch.Tensor:
+    """Which keys the last `rows` query rows may look at, bool [B or 1, 1, rows, K].
+
+    window: of a sliding layer, where the mask does not say it (flash attention is told apart from its mask).
+    """
     keys = alive.shape[1]
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         last = mask[:, :1, -rows:, :keys]
@@ -235,7 +242,10 @@ def allowed_keys(mask: Any, alive: torch.Tensor, queries: int, rows: int) -> tor
     ends = int(alive.any(0).nonzero().max()) + 1  # behind it a static cache is empty
     places = torch.arange(keys, device=alive.device)
     own = torch.arange(ends - rows, ends, device=alive.device)
-    return ((places <= own[:, None]) & alive[:, None])[:, None]
+    near = places <= own[:, None]
+    if window is not None:
+        near &= places > own[:, None] - window
+    return (near & alive[:, None])[:, None]
 
 
 def scaled_logits(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
