@@ -1,6 +1,6 @@
 """What each pruning method's prefill costs over the best possible: stock layers run at the lengths they really had.
 
-    python benchmarks/pruning.py --out benchmarks/results/pruning_cpu.json
+    python benchmarks/pruning.py --out benchmarks/results/pruning_cpu.json     # adds to what is in the file already
     python benchmarks/pruning.py --device cuda --layers 32 --repeats 20 --out benchmarks/results/pruning_CARD.json
 
 Two models of published widths with random weights, sdpa attention, one image, batch 1: LLaVA-1.5-7B (576 visual tokens
@@ -294,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    before: dict[str, Any] = json.loads(args.out.read_text())["shapes"] if args.out and args.out.is_file() else {}
     found: dict[str, Any] = {
         "benchmark": "pruning",
         "machine": describe_machine(args.device),
@@ -307,10 +308,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "warmup": args.warmup,
             "seed": args.seed,
         },
-        "shapes": {},
+        "shapes": before,
     }
     for shape in args.shapes:
-        found["shapes"][shape] = measure(shape, args, console)
+        measured = measure(shape, args, console)
+        measured["methods"] = {**before.get(shape, {}).get("methods", {}), **measured["methods"]}
+        found["shapes"][shape] = measured
         if args.out:  # nothing is lost if a later shape fails
             args.out.write_text(as_text(found))
     if not args.methods:

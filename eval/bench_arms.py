@@ -17,7 +17,7 @@ from vlattn.interventions.base import Handle, Intervention, attach
 from vlattn.interventions.registry import parse_method
 from vlattn.models.adapter import Adapter
 from vlattn.models.registry import adapter_for
-from vlattn.runtime.session import Session
+from vlattn.runtime.session import is_attached
 from vlattn.runtime.timing import Clock, synchronize
 from vlattn.runtime.trace import Trace
 
@@ -103,8 +103,7 @@ class BenchArms:
     """A context that attaches vanilla and every method to a twin of its own, and detaches them at the end."""
 
     def __init__(self, model: PreTrainedModel, methods: Sequence[str | Intervention]) -> None:
-        hooked = adapter_for(model).language_model._forward_pre_hooks.values()
-        if any(isinstance(getattr(hook, "__self__", None), Session) for hook in hooked):
+        if is_attached(adapter_for(model).multimodal):
             raise InputError("model: an intervention is attached to it; leave its context, and give it as a method")
         self._model = model
         self._wanted: dict[str, Intervention | None] = {"vanilla": None}

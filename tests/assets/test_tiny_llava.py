@@ -83,7 +83,7 @@ def test_pruned_generation_equals_the_stock_model_fed_the_short_prompt_in_left_p
     inputs = inputs_for(processor, texts, names(2))
     assert not bool(inputs["attention_mask"].all())  # the prompts differ in length
     with torch.no_grad(), vlattn.RandomPrune(keep=36)(model) as trace:
-        model.model.get_image_features(inputs["pixel_values"])
+        model(**inputs)
     assert trace.kept is not None
     with torch.no_grad():
         values = tiny.features(model, inputs["pixel_values"])

@@ -18,34 +18,56 @@ from vlattn.runtime.sequence import Positions
 from vlattn.runtime.tokens import VisualTokens
 
 
+TABLE = 4096
+"""Tokens up to which all distances are held at once: 64 MB in fp32 for each image."""
+
+
+def all_distances(unit: torch.Tensor) -> torch.Tensor:
+    """Cosine distances between all tokens, unit vectors [B, N, D] -> [B, N, N]; each pair is computed once."""
+    total = unit.shape[1]
+    table = unit.new_empty(len(unit), total, total)
+    for start in range(0, total, ROW_BLOCK):
+        stop = min(start + ROW_BLOCK, total)
+        block = 1 - unit[:, start:stop] @ unit[:, start:].transpose(1, 2)  # [B, r, N - start]
+        table[:, start:stop, start:] = block
+        table[:, start:, start:stop] = block.transpose(1, 2)
+    return table
+
+
 def nearest_distance(unit: torch.Tensor) -> torch.Tensor:
     """Cosine distance of each token to its nearest other one; unit vectors [B, N, D] -> [B, N], a block at a time."""
     total = unit.shape[1]
     rows = []
     for start in range(0, total, ROW_BLOCK):
         block = unit[:, start : start + ROW_BLOCK]  # [B, r, D]
-        distance = 1 - block @ unit.transpose(1, 2)  # [B, r, N]
-        own = torch.arange(start, start + block.shape[1], device=unit.device)
-        distance = distance.scatter(2, own[None, :, None].expand(len(unit), -1, -1), torch.inf)
-        rows.append(distance.amin(-1))
+        rows.append(_nearest(1 - block @ unit.transpose(1, 2), start))
     return torch.cat(rows, 1)
 
 
-def max_min_picks(x: torch.Tensor, keep: int) -> torch.Tensor:
+def _nearest(distance: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """The smallest of each row [B, r, N] that is not the token itself; row 0 is token `start`."""
+    own = torch.arange(start, start + distance.shape[1], device=distance.device)
+    return distance.scatter(2, own[None, :, None].expand(len(distance), -1, -1), torch.inf).amin(-1)
+
+
+def max_min_picks(x: torch.Tensor, keep: int, table: int = TABLE) -> torch.Tensor:
     """Greedy max-min diversity: start from the token farthest from its nearest other one, then always add the token
     farthest from all picked ones.
 
     Args:
         x: tokens [B, N, D]; only directions matter, and a zero vector is at distance 1 from everything.
         keep: 1 <= keep <= N.
+        table: tokens up to which all distances are held, O(N^2) memory; above, one row of them is computed for each
+            pick, O(N) memory and O(N keep D) multiply-adds more.
 
     Returns:
-        int64 [B, keep] in the order of picking, so that a smaller `keep` gives a prefix; ties go to the lower id. One
-        row of distances a pick: O(N keep D) multiply-adds and O(N) memory, plus O(N^2 D) for the first pick.
+        int64 [B, keep] in the order of picking, so that a smaller `keep` gives a prefix; ties go to the lower id.
+        O(N^2 D) multiply-adds, for the first pick needs every pair.
     """
     unit = F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1)  # [B, N, D]
     batch = torch.arange(len(x), device=x.device)
-    distance = nearest_distance(unit)  # decides the first pick only
+    held = all_distances(unit) if unit.shape[1] <= table else None
+    distance = nearest_distance(unit) if held is None else _nearest(held)  # decides the first pick only
     closest = torch.full_like(distance, torch.inf)  # [B, N], to the nearest pick
     picked = torch.zeros_like(distance, dtype=torch.bool)
     picks = []
@@ -54,7 +76,8 @@ def max_min_picks(x: torch.Tensor, keep: int) -> torch.Tensor:
         pick = distance.masked_fill(picked, -torch.inf).argmax(-1)  # [B]
         picked[batch, pick] = True
         picks.append(pick)
-        closest = closest.minimum(1 - (unit @ unit[batch, pick][..., None]).squeeze(-1))
+        row = 1 - (unit @ unit[batch, pick][..., None]).squeeze(-1) if held is None else held[batch, pick]
+        closest = closest.minimum(row)
         distance = closest
     return torch.stack(picks, 1)
 

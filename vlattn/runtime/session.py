@@ -217,6 +217,12 @@ def session_of(model: nn.Module, make_adapter: Callable[[nn.Module], Adapter]) -
     return session
 
 
+def is_attached(multimodal: nn.Module) -> bool:
+    """Whether an intervention is attached to a model, given by its multimodal module."""
+    known = _SESSIONS.get(multimodal)
+    return known is not None and known() is not None
+
+
 def close_if_empty(session: Session) -> None:
     """Close a session that nobody uses any more."""
     if not session.members:
