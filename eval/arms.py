@@ -119,9 +119,9 @@ class Arms:
 
     def compare(self, task: str, a: str, b: str, metrics: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         """{metric: B minus A, paired by image} of two arms' files; POPE metrics are means over the splits."""
-        truth = {"annotations": self.data.instances, "captions": self.data.captions} if task == "chair" else {}
-        files = (self.records_of(task, file) for file in (a, b))
-        return compare_files(*files, **truth, metrics=metrics, n_boot=self.n_boot)["metrics"]
+        first, second = (self.records_of(task, file) for file in (a, b))
+        instances, captions = (self.data.instances, self.data.captions) if task == "chair" else (None, None)
+        return compare_files(first, second, instances, captions, metrics=metrics, n_boot=self.n_boot)["metrics"]
 
     def inputs(self, items: list[Item], prompt: str = CHAIR_PROMPT) -> Any:
         """Model inputs of one prompt, about captioning by default, over the items' images."""

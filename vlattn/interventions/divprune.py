@@ -17,7 +17,6 @@ from vlattn.kernels.reference import ROW_BLOCK, accumulation_dtype
 from vlattn.runtime.sequence import Positions
 from vlattn.runtime.tokens import VisualTokens
 
-
 TABLE = 4096
 """Tokens up to which all distances are held at once: 64 MB in fp32 for each image."""
 
