@@ -46,6 +46,11 @@ class CocoSet:
         return [ImageObjects(i, self.file_names[i], self.objects[i]) for i in self.image_ids]
 
 
+def raw_coco(instances: str | Path) -> COCO:
+    """The pycocotools object of an instances file: boxes, areas and sizes, which a CocoSet leaves out."""
+    return _load(instances, "instances", ("images", "annotations", "categories"))[0]
+
+
 def read_coco(instances: str | Path, captions: str | Path | None = None) -> CocoSet:
     """Read an instances file and, where given, the captions file of the same images.
 

@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlattn.assets.paths import tiny_coco as tiny_coco
     from vlattn.errors import InputError as InputError
+    from vlattn.interventions.act import ACT as ACT
+    from vlattn.interventions.act_heads import calibrate_heads as calibrate_heads
     from vlattn.interventions.base import Handle as Handle
     from vlattn.interventions.base import Intervention as Intervention
     from vlattn.interventions.base import attach as attach
@@ -27,12 +29,24 @@ if TYPE_CHECKING:
     from vlattn.interventions.fastv import FastV as FastV
     from vlattn.interventions.flowcut import FlowCut as FlowCut
     from vlattn.interventions.hiprune import HiPrune as HiPrune
+    from vlattn.interventions.icd import ICD as ICD
+    from vlattn.interventions.m3id import M3ID as M3ID
+    from vlattn.interventions.pai import PAI as PAI
+    from vlattn.interventions.paint import PAINT as PAINT
     from vlattn.interventions.prumerge import PruMerge as PruMerge
     from vlattn.interventions.pyramiddrop import PyramidDrop as PyramidDrop
     from vlattn.interventions.random_prune import RandomPrune as RandomPrune
+    from vlattn.interventions.sid import SID as SID
     from vlattn.interventions.sparsevlm import SparseVLM as SparseVLM
     from vlattn.interventions.tome import ToMe as ToMe
+    from vlattn.interventions.tvhd import tvhd as tvhd
     from vlattn.interventions.uniform_prune import UniformPrune as UniformPrune
+    from vlattn.interventions.var import VAR as VAR
+    from vlattn.interventions.var_calibrate import calibrate_sinks as calibrate_sinks
+    from vlattn.interventions.vcd import VCD as VCD
+    from vlattn.interventions.vhd import vhd as vhd
+    from vlattn.interventions.vhd_knockout import vhd_knockout as vhd_knockout
+    from vlattn.interventions.vhr import VHR as VHR
     from vlattn.interventions.visionzip import VisionZip as VisionZip
     from vlattn.interventions.vispruner import VisPruner as VisPruner
     from vlattn.models.load import load as load
@@ -42,9 +56,12 @@ if TYPE_CHECKING:
 # Imported on first use: scoring must not pay for torch.
 _HOMES = {
     "InputError": "vlattn.errors",
+    "ACT": "vlattn.interventions.act",
     "Handle": "vlattn.interventions.base",
     "Intervention": "vlattn.interventions.base",
     "attach": "vlattn.interventions.base",
+    "calibrate_heads": "vlattn.interventions.act_heads",
+    "calibrate_sinks": "vlattn.interventions.var_calibrate",
     "compose": "vlattn.interventions.base",
     "DivPrune": "vlattn.interventions.divprune",
     "DyVTE": "vlattn.interventions.dyvte",
@@ -52,13 +69,24 @@ _HOMES = {
     "FlowCut": "vlattn.interventions.flowcut",
     "PyramidDrop": "vlattn.interventions.pyramiddrop",
     "HiPrune": "vlattn.interventions.hiprune",
+    "ICD": "vlattn.interventions.icd",
+    "M3ID": "vlattn.interventions.m3id",
+    "PAI": "vlattn.interventions.pai",
+    "PAINT": "vlattn.interventions.paint",
     "PruMerge": "vlattn.interventions.prumerge",
     "RandomPrune": "vlattn.interventions.random_prune",
+    "SID": "vlattn.interventions.sid",
     "SparseVLM": "vlattn.interventions.sparsevlm",
     "ToMe": "vlattn.interventions.tome",
     "UniformPrune": "vlattn.interventions.uniform_prune",
+    "VAR": "vlattn.interventions.var",
+    "VCD": "vlattn.interventions.vcd",
+    "VHR": "vlattn.interventions.vhr",
     "VisionZip": "vlattn.interventions.visionzip",
     "VisPruner": "vlattn.interventions.vispruner",
+    "tvhd": "vlattn.interventions.tvhd",
+    "vhd": "vlattn.interventions.vhd",
+    "vhd_knockout": "vlattn.interventions.vhd_knockout",
     "load": "vlattn.models.load",
     "VisualTokens": "vlattn.runtime.tokens",
     "Trace": "vlattn.runtime.trace",

@@ -30,11 +30,11 @@ def numbers() -> Callable[[str], torch.Tensor]:
     return lambda text: torch.tensor([float(word) for word in text.split()], dtype=torch.float64)
 
 
-def _load(name: str) -> ModuleType:
-    """A helper module of the folder above, which is no package."""
+def _load(name: str, folder: Path = Path(__file__).parents[1]) -> ModuleType:
+    """A module of a folder which is no package: helpers are in the one above."""
     full = f"vlattn_tests_{name}"
     if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, Path(__file__).parents[1] / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(full, folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -53,3 +53,27 @@ def naive_pruners() -> ModuleType:
 def naive_tower() -> ModuleType:
     """`tests/naive_tower.py`: vision towers with full attention matrices, and prompts with features put in by hand."""
     return _load("naive_tower")
+
+
+@pytest.fixture(scope="session")
+def naive_vhr() -> ModuleType:
+    """`tests/naive_vhr.py`: VHD, T-VHD and VHR in plain loops over whole forwards."""
+    return _load("naive_vhr")
+
+
+@pytest.fixture(scope="session")
+def naive_act() -> ModuleType:
+    """`tests/naive_act.py`: attention calibration inside a Llama decoder in plain loops."""
+    return _load("naive_act")
+
+
+@pytest.fixture(scope="session")
+def naive_boost() -> ModuleType:
+    """`tests/naive_boost.py`: raised attention logits inside a Llama decoder in plain loops."""
+    return _load("naive_boost")
+
+
+@pytest.fixture(scope="session")
+def matrix() -> ModuleType:
+    """`test_matrix.py`, for its models and prompts of every family: `build`, `alone`."""
+    return _load("test_matrix", Path(__file__).parent)

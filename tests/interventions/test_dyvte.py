@@ -11,12 +11,17 @@ import pytest
 import torch
 
 import vlattn
+from vlattn.assets.paths import tiny_coco
 from vlattn.errors import InputError
+from vlattn.eval.answer import chat_prompt
+from vlattn.eval.coco import read_coco
 from vlattn.interventions.dyvte_gates import DyVTEGates, Gate, ModelPrint, gate_input, gate_span, text_after_image
 from vlattn.interventions.registry import parse_method
 from vlattn.models.registry import adapter_for
 from vlattn.runtime.hooks import cache_of
 from vlattn.runtime.trace import Trace
+from vlattn.training.examples import open_image
+from vlattn.training.tiny_examples import is_training_image
 
 LAYERS = 5
 Make = Callable[..., Any]
@@ -459,6 +464,29 @@ def test_every_family_keeps_its_logits_without_an_exit_and_its_text_behind_one(
         hidden = model(**inputs).logits[:, -1]
     torch.testing.assert_close(removed, hidden, atol=1e-9, rtol=0)
     assert float((removed - vanilla[:, -1]).detach().abs().max()) > 1e-6
+
+
+# The embedded gates ---------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_gates_let_images_go_earlier_for_questions_than_for_captions() -> None:
+    model, processor = vlattn.load("tiny")
+    coco = read_coco(tiny_coco("val").instances)
+    images = [i for i in coco.image_ids if not is_training_image(i)][:12]
+    pictures = [open_image(tiny_coco("val").images / coco.file_names[i]) for i in images]
+
+    def mean_layers(questions: list[str]) -> float:
+        texts = [chat_prompt(processor, question) for question in questions]
+        inputs = processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+        with vlattn.DyVTE(batch_policy="mask")(model) as trace, torch.no_grad():
+            model(**inputs)
+        exits = note(trace, "exit_layer")
+        return sum(6 if layer < 0 else layer + 1 for layer in exits) / len(exits)
+
+    questions = mean_layers([f"Is there a {coco.objects[i][0]} in the image?" for i in images])
+    captions = mean_layers(["Please describe this image in detail."] * len(images))
+    assert questions < captions - 1
+    assert captions > 5
 
 
 # What it leaves behind, and what it refuses ---------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_every_method_can_be_named_and_is_exported() -> None:
         "uniform": ":keep=4",
         "divprune": ":keep=4",
     }
-    needed |= {"tome": ":keep=4"}
+    needed |= {"act": ":heads=all", "icd": ":disturbance=[5,6]", "tome": ":keep=4"}
     for name, cls in METHODS.items():
         assert type(parse_method(name + needed.get(name, ""))) is cls
         assert getattr(vlattn, cls.__name__) is cls
@@ -59,7 +59,7 @@ def test_methods_joined_by_plus_are_composed_or_refused_as_compose_does() -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fastvv:keep=3", "'fastvv' is unknown; known: vanilla, divprune, dyvte, fastv, flowcut, hiprune"),
+        ("fastvv:keep=3", "'fastvv' is unknown; known: vanilla, act, divprune, dyvte, fastv, flowcut, hiprune"),
         ("", "'' is unknown"),
         ("flowcut", "flowcut needs keep; write flowcut:keep=VALUE"),
         ("flowcut:count=per_image", "needs keep"),

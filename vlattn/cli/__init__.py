@@ -10,6 +10,7 @@ import typer
 import vlattn
 from vlattn.cli.bench import bench
 from vlattn.cli.build_pope import build_pope
+from vlattn.cli.calibrate import app as calibrate_app
 from vlattn.cli.compare import compare
 from vlattn.cli.demo import demo
 from vlattn.cli.eval import app as eval_app
@@ -18,6 +19,7 @@ from vlattn.cli.models import models
 from vlattn.cli.score import score
 from vlattn.cli.sweep import sweep
 from vlattn.cli.train import app as train_app
+from vlattn.cli.vhd import vhd
 from vlattn.errors import InputError
 
 app = typer.Typer(
@@ -37,9 +39,11 @@ app.command()(bench)
 app.command("compare")(compare)
 app.command("build-pope")(build_pope)
 app.add_typer(train_app, name="train")
+app.add_typer(calibrate_app, name="calibrate")
 app.command()(methods)
 app.command()(models)
 app.command()(sweep)
+app.command()(vhd)
 
 
 def _print_version(wanted: bool) -> None:

@@ -125,24 +125,29 @@ def _families(about: Description) -> str:
 
 
 def _example(about: Description) -> dict[str, object]:
-    """Settings that make the method: none, what is required, or `keep` where one of several has to be chosen."""
+    """Settings that make the method: none, what is required, or one of those of which one has to be chosen."""
     from vlattn.errors import InputError
     from vlattn.interventions.registry import METHODS
 
+    names = {knob.name for knob in about.knobs}
     required: dict[str, object] = {knob.name: 64 for knob in about.knobs if knob.required}
-    try:
-        METHODS[about.name](**required)
-    except InputError:
-        return {"keep": 64}
+    choices: list[dict[str, object]] = [required, {"keep": 64}, {"heads": "all"}, {"disturbance": [5, 6, 7]}]
+    for settings in choices:
+        if names.issuperset(settings):
+            try:
+                METHODS[about.name](**settings)
+            except InputError:
+                continue
+            return settings
     return required
 
 
 def _command(about: Description) -> str:
     """How --method takes it."""
-    settings = ",".join(f"{name}={value}" for name, value in _example(about).items())
+    settings = ",".join(f"{name}={str(value).replace(' ', '')}" for name, value in _example(about).items())
     return f"{about.name}:{settings}" if settings else about.name
 
 
 def _call(about: Description) -> str:
     """How Python takes it."""
-    return f"{about.cls}({', '.join(f'{name}={value}' for name, value in _example(about).items())})"
+    return f"{about.cls}({', '.join(f'{name}={value!r}' for name, value in _example(about).items())})"

@@ -8,33 +8,51 @@ import re
 import yaml
 
 from vlattn.errors import InputError
+from vlattn.interventions.act import ACT
 from vlattn.interventions.base import Intervention, compose
 from vlattn.interventions.divprune import DivPrune
 from vlattn.interventions.dyvte import DyVTE
 from vlattn.interventions.fastv import FastV
 from vlattn.interventions.flowcut import FlowCut
 from vlattn.interventions.hiprune import HiPrune
+from vlattn.interventions.icd import ICD
+from vlattn.interventions.m3id import M3ID
+from vlattn.interventions.pai import PAI
+from vlattn.interventions.paint import PAINT
 from vlattn.interventions.prumerge import PruMerge
 from vlattn.interventions.pyramiddrop import PyramidDrop
 from vlattn.interventions.random_prune import RandomPrune
+from vlattn.interventions.sid import SID
 from vlattn.interventions.sparsevlm import SparseVLM
 from vlattn.interventions.tome import ToMe
 from vlattn.interventions.uniform_prune import UniformPrune
+from vlattn.interventions.var import VAR
+from vlattn.interventions.vcd import VCD
+from vlattn.interventions.vhr import VHR
 from vlattn.interventions.visionzip import VisionZip
 from vlattn.interventions.vispruner import VisPruner
 
 METHODS: dict[str, type[Intervention]] = {
+    "act": ACT,
     "divprune": DivPrune,
     "dyvte": DyVTE,
     "fastv": FastV,
     "flowcut": FlowCut,
     "hiprune": HiPrune,
+    "icd": ICD,
+    "m3id": M3ID,
+    "pai": PAI,
+    "paint": PAINT,
     "prumerge": PruMerge,
     "pyramiddrop": PyramidDrop,
     "random": RandomPrune,
+    "sid": SID,
     "sparsevlm": SparseVLM,
     "tome": ToMe,
     "uniform": UniformPrune,
+    "var": VAR,
+    "vcd": VCD,
+    "vhr": VHR,
     "visionzip": VisionZip,
     "vispruner": VisPruner,
 }
