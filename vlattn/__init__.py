@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlattn.interventions.hiprune import HiPrune as HiPrune
     from vlattn.interventions.icd import ICD as ICD
     from vlattn.interventions.m3id import M3ID as M3ID
+    from vlattn.interventions.opera import OPERA as OPERA
     from vlattn.interventions.pai import PAI as PAI
     from vlattn.interventions.paint import PAINT as PAINT
     from vlattn.interventions.prumerge import PruMerge as PruMerge
@@ -72,6 +73,7 @@ _HOMES = {
     "ICD": "vlattn.interventions.icd",
     "M3ID": "vlattn.interventions.m3id",
     "PAI": "vlattn.interventions.pai",
+    "OPERA": "vlattn.interventions.opera",
     "PAINT": "vlattn.interventions.paint",
     "PruMerge": "vlattn.interventions.prumerge",
     "RandomPrune": "vlattn.interventions.random_prune",

@@ -76,7 +76,7 @@ def test_a_question_file_is_asked_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--method", "flowcuts:keep=3"], "known: vanilla, divprune"),
+        (["--method", "flowcuts:keep=3"], "known: vanilla"),
         (["--method", "flowcut:kep=3"], "field=value with keep"),
         (["--method", "flowcut"], "needs keep"),
         (["--method", "flowcut:keep=145"], "144 visual tokens"),
