@@ -228,7 +228,7 @@ def test_the_streams_are_one_up_to_the_layer_that_ranks_and_part_above_it(llava:
 def test_beams_of_a_prompt_with_a_pruner_say_in_a_batch_what_they_say_alone(families: Any) -> None:
     # The pruner has touched the features, so the second stream's are computed anew, and repeated for the beams.
     model = families.model("llava_next")
-    singles = [families.inputs("llava_next", model, batch=1, seed=seed, images=2) for seed in (0, 1)]
+    singles = [families.inputs("llava_next", model, batch=1, seed=seed) for seed in (0, 1)]
     both = {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
     with torch.no_grad(), compose(FlowCut(keep=2, count="per_image"), SID(keep=2))(model):
         together = model.generate(**both, max_new_tokens=4, do_sample=False, num_beams=3)[:, -4:]

@@ -21,6 +21,7 @@ from vlattn.interventions.fastv import FastV
 from vlattn.interventions.flowcut import FlowCut
 from vlattn.interventions.icd import ICD
 from vlattn.interventions.m3id import M3ID
+from vlattn.interventions.pai import PAI
 from vlattn.interventions.sid import SID
 from vlattn.interventions.uniform_prune import UniformPrune
 from vlattn.interventions.vcd import VCD
@@ -127,6 +128,18 @@ def test_each_step_is_that_of_the_second_prompt_alone_and_whole(
     build: Any, naive_two: ModuleType, name: str, family: str
 ) -> None:
     model, singles = build(family)
+    compare(model, singles, name, family, naive_two, do_sample=False)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("family", ["llava_onevision", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", METHODS)
+def test_videos_are_noised_kept_and_taken_out_as_images_are(
+    families: ModuleType, naive_two: ModuleType, name: str, family: str, images: int
+) -> None:
+    model = families.model(family)
+    singles = [families.inputs(family, model, batch=1, seed=seed, images=images, video=True) for seed in (0, 1)]
+    singles[1] = naive_two.grown(singles[1], [9, 11])
     compare(model, singles, name, family, naive_two, do_sample=False)
 
 
@@ -243,25 +256,26 @@ def test_icd_needs_the_ids_whose_text_it_rewrites(build: Any) -> None:
         model(inputs_embeds=embeds, pixel_values=singles[0]["pixel_values"])
 
 
-# With pruning ---------------------------------------------------------------------------------------------------------
-PRUNERS: dict[str, Intervention] = {
+# With pruning and edits of attention ----------------------------------------------------------------------------------
+OTHERS: dict[str, Intervention] = {
     "flowcut": FlowCut(keep=2, count="per_image"),
     "uniform": UniformPrune(keep=2),
     "fastv": FastV(keep=3, layer=2),
     "dyvte": DyVTE(exit_layer=1),
+    "pai": PAI(alpha=0.9, gamma=1, start_layer=0),
 }
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl", "gemma3"])
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", [*METHODS, "sid"])
-def test_pruning_acts_on_the_main_stream_and_the_second_sees_the_image_whole(
-    build: Any, naive_two: ModuleType, name: str, pruner: str, family: str
+def test_other_methods_act_on_the_main_stream_and_the_second_sees_the_image_whole(
+    build: Any, naive_two: ModuleType, name: str, other: str, family: str
 ) -> None:
     model, singles = build(family)
-    method, cut = METHODS.get(name, SID(keep=2)), PRUNERS[pruner]
+    method, cut = METHODS.get(name, SID(keep=2)), OTHERS[other]
     if cut.refuses(type(adapter_for(model))) is not None:
-        pytest.skip("this pruner does not claim this family")
+        pytest.skip("this method does not claim this family")
     inputs, how = naive_two.joined(singles), {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
     with torch.no_grad():
         vanilla = _first(model.generate(**inputs, **how, return_dict_in_generate=True))
@@ -279,13 +293,13 @@ def test_pruning_acts_on_the_main_stream_and_the_second_sees_the_image_whole(
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", [*METHODS, "sid"])
-def test_a_pruned_and_contrasted_prompt_says_in_a_batch_what_it_says_alone(
-    build: Any, naive_two: ModuleType, name: str, pruner: str, how: dict[str, Any]
+def test_with_another_method_a_contrasted_prompt_says_in_a_batch_what_it_says_alone(
+    build: Any, naive_two: ModuleType, name: str, other: str, how: dict[str, Any]
 ) -> None:
     model, singles = build("llava")
-    with torch.no_grad(), compose(PRUNERS[pruner], METHODS.get(name, SID(keep=2)))(model):
+    with torch.no_grad(), compose(OTHERS[other], METHODS.get(name, SID(keep=2)))(model):
         together = model.generate(**naive_two.joined(singles), max_new_tokens=NEW, do_sample=False, **how)[:, -NEW:]
         for b, single in enumerate(singles):
             found = model.generate(**single, max_new_tokens=NEW, do_sample=False, **how)[:, -NEW:]

@@ -80,7 +80,11 @@ def test_rows_of_patches_get_the_noise_of_the_image_they_belong_to() -> None:
 
 
 def test_images_and_videos_are_both_noised_and_the_rest_of_the_call_is_handed_on() -> None:
-    call = {"pixel_values": pixels(1, 3, 8, 8), "pixel_values_videos": pixels(1, 2, 3, 8, 8, seed=1), "image_sizes": 5}
+    call: dict[str, Any] = {
+        "pixel_values": pixels(1, 3, 8, 8),
+        "pixel_values_videos": pixels(1, 2, 3, 8, 8, seed=1),
+        "image_sizes": 5,
+    }
     before = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
     found = noised(call, 500, 0)
     assert found["image_sizes"] == 5

@@ -41,8 +41,10 @@ class OPERA(Intervention):
     65504. Logits processors act before candidates are chosen, as in stock beam search. Tokens other than candidates
     cannot be chosen at all; the released code leaves them at -999. Ruled-out tokens are forgotten behind the place
     that the search went back to, and a history of winning columns follows its beam. Each prompt of a batch goes back
-    for itself, while the others wait. In the trace's notes, `rollbacks` has for each prompt the pairs (from, to) in
-    generated tokens, and `forwards` counts runs of the model.
+    for itself, while the others wait. Sampling, assisted generation, streamers, static caches and whatever else this
+    search cannot do are refused by name. In the trace's notes, `rollbacks` has for each prompt the pairs (from, to) in
+    generated tokens, and `forwards` counts runs of the model: two for each token where OPERA is alone on the model,
+    1 + `num_attn_candidates` beside another method.
 
     num_beams: beams of each prompt, at least 2.
     scale_factor: what attention weights are multiplied by; a weight makes its column's product grow above 1 / this.
@@ -53,11 +55,11 @@ class OPERA(Intervention):
     window: how many of the last generated tokens have columns, are counted in the history, and can be gone back to.
     warmup: the first tokens, which get a reward for looking at the image instead of the penalty, and which the search
         does not go back to.
-    score_scale: factor of the products; not in the paper, the released code has it.
+    score_scale: factor of the products that the released code has beside `scale_factor`.
     renormalize: whether the candidates of a beam share all its probability, as in the released code; False keeps their
         log-probabilities over the vocabulary, and lets a single candidate feel the penalty.
-    monotone: never go back to before a place that the search went back to earlier, as the paper has it; the released
-        code does not check.
+    monotone: never go back to before a place that the search went back to earlier; the released code has this test,
+        switched off.
     """
 
     num_beams: int = 5

@@ -177,7 +177,8 @@ class Stream:
             allowed = torch.where(allowed, 0.0, least).to(self._model.dtype)
         inputs = {**inputs, "input_ids": tokens, "attention_mask": allowed}
         for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
-            if inputs.get(name) is not None:
+            # Where older transformers give token types of the whole sequence, no step reads them.
+            if inputs.get(name) is not None and inputs[name].shape[-1] == 1:
                 inputs[name] = inputs[name].expand(*inputs[name].shape[:-1], count)
         return self._read(inputs)
 

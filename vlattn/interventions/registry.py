@@ -17,6 +17,7 @@ from vlattn.interventions.flowcut import FlowCut
 from vlattn.interventions.hiprune import HiPrune
 from vlattn.interventions.icd import ICD
 from vlattn.interventions.m3id import M3ID
+from vlattn.interventions.opera import OPERA
 from vlattn.interventions.pai import PAI
 from vlattn.interventions.paint import PAINT
 from vlattn.interventions.prumerge import PruMerge
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Intervention]] = {
     "hiprune": HiPrune,
     "icd": ICD,
     "m3id": M3ID,
+    "opera": OPERA,
     "pai": PAI,
     "paint": PAINT,
     "prumerge": PruMerge,

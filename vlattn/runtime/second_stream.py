@@ -20,7 +20,6 @@ from vlattn.errors import InputError
 from vlattn.kernels.reference import accumulation_dtype
 from vlattn.runtime.hooks import HookSet, as_keywords, cache_argument, cache_of, cached_length
 from vlattn.runtime.second_prompt import rows_of, text_positions
-from vlattn.runtime.second_prompt import without_image as without_image
 
 if TYPE_CHECKING:
     from vlattn.runtime.session import Session
@@ -91,8 +90,10 @@ class SecondStream:
         # In front of all hooks, so that what the user gave is seen before anybody takes it away.
         handle = session.model.register_forward_pre_hook(self._refuse_labels, prepend=True, with_kwargs=True)
         hooks.also(handle.remove)
-        hooks.before(session.model, self.before)
-        hooks.after(session.model, self.after)
+        own = HookSet(session.gate)
+        own.before(session.model, self.before)
+        own.after(session.model, self.after)
+        hooks.also(own.remove)
 
     def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._session.gate.closed and as_keywords(module, args, kwargs).get("labels") is not None:
