@@ -1,10 +1,10 @@
 """What each pruning method's prefill costs over the best possible: stock layers run at the lengths they really had.
 
     python benchmarks/pruning.py --out benchmarks/results/pruning_cpu.json     # adds to what is in the file already
-    python benchmarks/pruning.py --device cuda --layers 32 --repeats 20 --out benchmarks/results/pruning_CARD.json
+    python benchmarks/pruning.py --device cuda --repeats 20 --out benchmarks/results/pruning_CARD.json
 
 Two models of published widths with random weights, sdpa attention, one image, batch 1: LLaVA-1.5-7B (576 visual tokens
-to 64) and LLaVA-NeXT-7B (2880 and newlines to 160). On a CPU with a few decoder layers (`--layers`), on a GPU with all.
+to 64) and LLaVA-NeXT-7B (2880 and newlines to 160), at full depth: 13 GB of weights in bf16, half an hour on two cores.
 
 For every method three arms, interleaved in one process, ratios taken round by round:
 
@@ -19,8 +19,8 @@ concentrated, and a random tower attends evenly, so that most is left to its las
 that this gave, so the overhead is honest; its speed-up here is smaller than on a trained tower
 (see benchmarks/flowcut.py, which scales the tower's attention).
 
-DyVTE runs with gates of `--gate-hidden` that never fire, forced out after layer 1 in a second arm: the first against
-vanilla is what the gates cost (target 1.02).
+DyVTE is forced out after a quarter of the layers; what its gates cost is measured apart, with gates of `--gate-hidden`
+that never fire against vanilla (target 1.02).
 """
 
 from __future__ import annotations
@@ -46,44 +46,41 @@ from vlattn.interventions.base import attach
 from vlattn.interventions.registry import parse_method
 from vlattn.models.registry import adapter_for
 from vlattn.runtime.machine import describe_machine
-from vlattn.runtime.timing import Spread, interleave
+from vlattn.runtime.timing import Spread, interleave, keep_freed_memory
 
 TARGET, GATES_TARGET = 1.05, 1.02
-METHODS = {
-    "llava-1.5-7b": {
-        "divprune": "divprune:keep=64",
-        "fastv": "fastv:keep=64,layer=1",
-        "flowcut": "flowcut:keep=64",
-        "hiprune": "hiprune:keep=64",
-        "prumerge": "prumerge:keep=64",
-        "prumerge+": "prumerge:keep=64,plus=true",
-        "pyramiddrop": "pyramiddrop:layers=[1,2,3],ratios=[0.5,0.25,0.1112]",
-        "random": "random:keep=64",
-        "sparsevlm": "sparsevlm:layers=[0,1,2],counts=[300,110,61]",
-        "tome": "tome:keep=64",
-        "uniform": "uniform:keep=64",
-        "visionzip": "visionzip:dominant=54,contextual=10",
-        "vispruner": "vispruner:keep=64",
-        "dyvte": "dyvte:exit_layer=1",
-    },
-    # keep=32 is by tile, of which there are five.
-    "llava-next-7b": {
-        "divprune": "divprune:keep=160",
-        "fastv": "fastv:keep=160,layer=1",
-        "flowcut": "flowcut:keep=160",
-        "hiprune": "hiprune:keep=32",
-        "prumerge": "prumerge:keep=32",
-        "prumerge+": "prumerge:keep=32,plus=true",
-        "pyramiddrop": "pyramiddrop:layers=[1,2,3],ratios=[0.5,0.25,0.0548]",
-        "random": "random:keep=160",
-        "sparsevlm": "sparsevlm:layers=[0,1,2],counts=[1500,550,155]",
-        "tome": "tome:keep=32",
-        "uniform": "uniform:keep=160",
-        "visionzip": "visionzip:dominant=27,contextual=5",
-        "vispruner": "vispruner:keep=32",
-        "dyvte": "dyvte:exit_layer=1",
-    },
-}
+SHAPES = {"llava-1.5-7b": 64, "llava-next-7b": 160}
+"""Visual tokens that the methods leave."""
+
+
+def settings(shape: str, layers: int) -> dict[str, str]:
+    """Every method, as the command line knows it. Cuts inside the decoder are where the papers have them, in proportion
+    to the depth: FastV after layer 2 of 32, PyramidDrop after 8, 16 and 24, SparseVLM after 2, 6 and 15."""
+    tiled = shape == "llava-next-7b"
+    keep = SHAPES[shape]
+    tile = 32 if tiled else keep  # of each of five tiles
+    quarters = [layers // 4, layers // 2, 3 * layers // 4]
+    voted = [round(layers * at / 32) for at in (2, 6, 15)]
+    ratios, counts = ([0.5, 0.25, 0.0548], [1500, 550, 155]) if tiled else ([0.5, 0.25, 0.1112], [300, 110, 61])
+    dominant, contextual = (27, 5) if tiled else (54, 10)
+    return {
+        "divprune": f"divprune:keep={keep}",
+        "fastv": f"fastv:keep={keep},layer={max(1, layers // 16)}",
+        "flowcut": f"flowcut:keep={keep}",
+        "hiprune": f"hiprune:keep={tile}",
+        "prumerge": f"prumerge:keep={tile}",
+        "prumerge+": f"prumerge:keep={tile},plus=true",
+        "pyramiddrop": f"pyramiddrop:layers={quarters},ratios={ratios}".replace(" ", ""),
+        "random": f"random:keep={keep}",
+        "sparsevlm": f"sparsevlm:layers={voted},counts={counts}".replace(" ", ""),
+        "tome": f"tome:keep={tile}",
+        "uniform": f"uniform:keep={keep}",
+        "visionzip": f"visionzip:dominant={dominant},contextual={contextual}",
+        "vispruner": f"vispruner:keep={tile}",
+        "dyvte": f"dyvte:exit_layer={max(1, layers // 4)}",
+    }
+
+
 Arm = Callable[[], object]
 
 
@@ -148,8 +145,10 @@ def _states(model: Any, tiles: int, n: int, layer: Any) -> torch.Tensor:
     return torch.randn(tiles, n, width, dtype=model.dtype, device=model.device)
 
 
-def measure(shape: str, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All methods on one shape."""
+def measure(
+    shape: str, args: argparse.Namespace, console: Console, done: Callable[[str, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All chosen methods on one shape, each handed to `done` when measured; returns what is said of vanilla."""
     dtype = getattr(torch, args.dtype)
     model: Any = random_model(shape, layers=args.layers, dtype=dtype, device=args.device, attn="sdpa")
     inputs = dict(random_inputs(model, count=1, text=60)[0])
@@ -157,13 +156,14 @@ def measure(shape: str, args: argparse.Namespace, console: Console) -> dict[str,
     with torch.inference_mode(), LayerLengths(stock) as seen:
         prefill(stock, inputs)
     full = measured_parts(adapter_for(stock), seen).total
-    found: dict[str, Any] = {}
-    chosen = {name: text for name, text in METHODS[shape].items() if not args.methods or name in args.methods}
+    vanilla = interleave({"vanilla": lambda: prefill(stock, inputs)}, max(args.vanilla_repeats, 1), 1)["vanilla"]
+    every = settings(shape, args.layers)
+    chosen = {name: text for name, text in every.items() if not args.methods or name in args.methods}
     for name, text in chosen.items():
         method = parse_method(text)
         assert method is not None
         other: Any = twin(model)
-        with torch.inference_mode(), attach_for(other, method) as trace, LayerLengths(other) as lengths:
+        with torch.inference_mode(), method(other) as trace, LayerLengths(other) as lengths:
             rows = _projector_rows(other, inputs)
             parts = measured_parts(adapter_for(other), lengths)
         handle = attach(other, method)
@@ -177,7 +177,7 @@ def measure(shape: str, args: argparse.Namespace, console: Console) -> dict[str,
             handle.detach()
         ratio = times["method"].over(times["bound"])
         implementation = other.config.get_text_config()._attn_implementation
-        found[name] = {
+        row = {
             "setting": text,
             "visual_tokens": trace.budget(),
             "decoder_lengths": lengths.decoder,
@@ -188,20 +188,14 @@ def measure(shape: str, args: argparse.Namespace, console: Console) -> dict[str,
             "met": ratio.median <= TARGET,
             "attention": implementation,
             "milliseconds": {arm: _milliseconds(t.seconds) for arm, t in times.items()},
+            "time_ratio": round(times["method"].seconds.median / vanilla.seconds.median, 4),
         }
+        done(name, row)
         console.print(
             f"{shape} {name}: {ratio.median:.3f} of the bound ({ratio.lower:.3f}-{ratio.upper:.3f}), "
             f"FLOPs {parts.total / full:.3f} of vanilla"
         )
-    vanilla = interleave({"vanilla": lambda: prefill(stock, inputs)}, max(args.vanilla_repeats, 1), 1)["vanilla"]
-    base = vanilla.seconds.median
-    for row in found.values():
-        row["time_ratio"] = round(row["milliseconds"]["method"]["median"] / (base * 1e3), 4)
-    return {"vanilla_milliseconds": _milliseconds(vanilla.seconds), "lengths": seen.decoder, "methods": found}
-
-
-def attach_for(model: Any, method: Any) -> Any:
-    return method(model)
+    return {"vanilla_milliseconds": _milliseconds(vanilla.seconds), "lengths": seen.decoder}
 
 
 def _projector_rows(model: Any, inputs: dict[str, Any]) -> int:
@@ -218,12 +212,12 @@ def _projector_rows(model: Any, inputs: dict[str, Any]) -> int:
 def gates(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """What DyVTE's gates cost a prefill when none of them fires."""
     from vlattn.interventions.dyvte import DyVTE
-    from vlattn.interventions.dyvte_gates import Gates
+    from vlattn.interventions.dyvte_gates import DyVTEGates, ModelPrint
 
     dtype = getattr(torch, args.dtype)
     model: Any = random_model(shape, layers=args.layers, dtype=dtype, device=args.device, attn="sdpa")
     inputs = dict(random_inputs(model, count=1, text=60)[0])
-    made: Any = Gates.for_model(model, hidden=args.gate_hidden)
+    made = DyVTEGates(ModelPrint.of(adapter_for(model)), args.gate_hidden)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.zero_()  # equal logits keep
@@ -231,7 +225,7 @@ def gates(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         made.save(Path(folder))
         handle = attach(other := twin(model), DyVTE(gates=folder))
         arms: dict[str, Arm] = {"gates": lambda: prefill(other, inputs), "vanilla": lambda: prefill(model, inputs)}
-        times = interleave(arms, args.vanilla_repeats, 1)
+        times = interleave(arms, args.gate_repeats, 1)
         handle.detach()
     ratio = times["gates"].over(times["vanilla"])
     return {
@@ -267,21 +261,24 @@ def report(console: Console, found: dict[str, Any]) -> None:
                 f"{row['time_ratio']:.3f}", f"{row['flops_ratio']:.3f}",
             )  # fmt: skip
         console.print(table)
-    if "gates" in found:
-        over = found["gates"]["over_vanilla"]
-        console.print(f"DyVTE's gates that never fire: {over['median']:.3f} of vanilla (target {GATES_TARGET})")
+    for shape, row in found["gates"].items():
+        over = row["over_vanilla"]
+        console.print(
+            f"{shape}, DyVTE's gates that never fire: {over['median']:.3f} of vanilla (target {GATES_TARGET})"
+        )
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--methods", nargs="+", help="some of the methods (default all)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers (default 4; the models have 32)")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--methods", nargs="+", help="some of the methods, or `gates` (default all)")
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers (default 32, as the models have)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=7, help="rounds of method and bound (default 7)")
     parser.add_argument("--vanilla-repeats", type=int, default=3, help="rounds of vanilla (default 3)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before, not counted (default 1)")
+    parser.add_argument("--gate-repeats", type=int, default=9, help="rounds of the gates (default 9)")
     parser.add_argument("--gate-hidden", type=int, default=256, help="width of DyVTE's gates (the paper: 2048)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
@@ -294,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    before: dict[str, Any] = json.loads(args.out.read_text())["shapes"] if args.out and args.out.is_file() else {}
+    keep_freed_memory()
+    before: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     found: dict[str, Any] = {
         "benchmark": "pruning",
         "machine": describe_machine(args.device),
@@ -308,19 +306,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             "warmup": args.warmup,
             "seed": args.seed,
         },
-        "shapes": before,
+        "shapes": before.get("shapes", {}),
+        "gates": before.get("gates", {}),
     }
-    for shape in args.shapes:
-        measured = measure(shape, args, console)
-        measured["methods"] = {**before.get(shape, {}).get("methods", {}), **measured["methods"]}
-        found["shapes"][shape] = measured
-        if args.out:  # nothing is lost if a later shape fails
+
+    def save() -> None:  # after each method: nothing is lost if a later one fails
+        if args.out:
             args.out.write_text(as_text(found))
-    if not args.methods:
-        found["gates"] = gates(args.shapes[0], args)
+
+    for shape in args.shapes:
+        result = found["shapes"].setdefault(shape, {"methods": {}})
+
+        def done(name: str, row: dict[str, Any], result: dict[str, Any] = result) -> None:
+            result["methods"][name] = row
+            save()
+
+        if args.methods != ["gates"]:
+            result |= measure(shape, args, console, done)
+        if not args.methods or "gates" in args.methods:
+            found["gates"][shape] = gates(shape, args)
+        save()
     report(console, found)
     if args.out:
-        args.out.write_text(as_text(found))
         console.print(f"wrote {args.out}")
 
 

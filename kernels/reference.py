@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 ROW_BLOCK = 128
-"""Query rows whose weights exist at one time in `received_attention`."""
+"""Query rows whose weights exist at one time where a method goes through a matrix in blocks of rows."""
+
+CPU_BLOCK, DEVICE_BLOCK = 2**19, 2**25
+"""Weights that exist at one time in `received_attention`: on a CPU what its cache holds, elsewhere more."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,23 +42,38 @@ def received_attention(
     query_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Column sums of the attention matrix, a block of rows at a time; see `vlattn.ops.received_attention`."""
-    batch, heads, rows, _ = q.shape
-    keys, dtype = k.shape[2], accumulation_dtype(q.dtype)
-    k = k.to(dtype)  # once, not for each block
-    total = q.new_zeros(batch, heads, keys, dtype=dtype)  # [B, H, N]
+    batch, heads, rows, width = q.shape
+    groups, keys, dtype = k.shape[1], k.shape[2], accumulation_dtype(q.dtype)
+    share = heads // groups
+    # One leading dimension for prompts and key heads, so that a block is a few of them by a few rows.
+    query = (q.to(dtype) * scale).reshape(batch * groups, share, rows, width)
+    key = k.to(dtype).reshape(batch * groups, keys, width).transpose(1, 2)  # [B Hkv, D, N]
+    total = query.new_zeros(batch * groups, share, keys)
+    prompt = torch.arange(batch, device=q.device).repeat_interleave(groups)
     position = torch.arange(keys, device=q.device)
-    for start in range(0, rows, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, rows)
-        seen = None if key_mask is None else key_mask[:, None].expand(-1, stop - start, -1)  # [B, r, N]
-        if causal:
-            last = torch.arange(start, stop, device=q.device) + keys - rows
-            past = (position <= last[:, None]).expand(batch, -1, -1)  # [B, r, N]
-            seen = past if seen is None else seen & past
-        weights = query_row_attention(q[:, :, start:stop], k, scale, seen)  # [B, H, r, N]
-        if query_mask is not None:
-            weights = weights.masked_fill(~query_mask[:, None, start:stop, None], 0)
-        total += weights.sum(2)
-    return total
+    limit = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
+    step = min(rows, max(1, limit // max(share * keys, 1)))
+    some = max(1, limit // max(share * step * keys, 1))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        # Under a causal mask no row of this block sees beyond its last.
+        end = stop + keys - rows if causal else keys
+        past = position[:end] <= torch.arange(start, stop, device=q.device)[:, None] + keys - rows  # [r, n]
+        for first in range(0, batch * groups, some):
+            here = slice(first, first + some)
+            block = query[here, :, start:stop].flatten(1, 2) @ key[here, :, :end]
+            weights = block.view(-1, share, stop - start, end)  # [p, H / Hkv, r, n]
+            seen = None if key_mask is None else key_mask[prompt[here], None, None, :end]
+            if causal:
+                seen = past if seen is None else seen & past
+            if seen is None:
+                weights = weights.softmax(-1)
+            else:  # filled again, so that a row that may attend to nothing is 0 instead of NaN
+                weights = weights.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+            if query_mask is not None:
+                weights = weights.masked_fill(~query_mask[prompt[here], None, start:stop, None], 0)
+            total[here, :, :end] += weights.sum(2)
+    return total.view(batch, heads, keys)
 
 
 def select_tokens(score: torch.Tensor, k: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -92,8 +92,9 @@ def gate_input(hidden: torch.Tensor, span: GateSpan) -> torch.Tensor:
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     last = hidden[torch.arange(len(hidden), device=hidden.device), span.last].to(wide)  # [B, C]
+    text = span.mean.any(0).nonzero().flatten()  # a few columns of a long prompt
     # Not a product with the mask: what stands at other positions, NaN included, must not matter.
-    read = hidden.to(wide).masked_fill(~span.mean[..., None], 0)  # [B, T, C]
+    read = hidden[:, text].to(wide).masked_fill(~span.mean[:, text, None], 0)  # [B, n, C]
     count = span.mean.sum(1, keepdim=True)  # [B, 1]
     mean = torch.where(count > 0, read.sum(1) / count.clamp(min=1), last)  # [B, C]
     return torch.cat([mean, last], 1)

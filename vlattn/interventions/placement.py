@@ -91,9 +91,10 @@ def newlines_to_drop(visual: VisualTokens) -> torch.Tensor:
 def tiles_by_image(visual: VisualTokens) -> list[list[int]]:
     """Running tile indices of each image, in order."""
     found: list[list[int]] = [[] for _ in range(visual.images)]
-    pairs = torch.stack([visual.image, visual.tile], -1)[visual.tile >= 0].unique(dim=0)
-    for image, tile in pairs.tolist():
-        found[image].append(tile)
+    inside, tiles = visual.tile >= 0, int(visual.tile.max()) + 1
+    # As one number each: `unique` of rows compares them in a loop.
+    for pair in (visual.image[inside] * tiles + visual.tile[inside]).unique().tolist():
+        found[pair // tiles].append(pair % tiles)
     return found
 
 

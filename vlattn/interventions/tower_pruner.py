@@ -126,10 +126,12 @@ def spread(reduced: Reduced, patches: int) -> torch.Tensor:
     features, lead = reduced.features, _lead(reduced)
     total = lead + patches
     slots = (reduced.ids + lead).clamp(min=0)  # CLS has id -1
-    if reduced.alive is not None:
-        slots = torch.where(reduced.alive, slots, total)  # filler goes behind the last one
-    full = features.new_full((features.shape[0], total + 1, features.shape[-1]), torch.nan)
-    return full.scatter(1, slots[..., None].expand_as(features), features)[:, :total]
+    row = torch.arange(features.shape[0], device=features.device)[:, None].expand_as(slots)
+    full = features.new_full((features.shape[0], total, features.shape[-1]), torch.nan)
+    if reduced.alive is not None:  # filler stays behind
+        row, slots, features = row[reduced.alive], slots[reduced.alive], features[reduced.alive]
+    full[row, slots] = features
+    return full
 
 
 def _trace_everything(trace: Trace, patches: int) -> Any:

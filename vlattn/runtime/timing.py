@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
         torch.mps.synchronize()
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees on the CPU, for the rest of its life; for programs that measure.
+
+    glibc hands each large tensor back to the system and fetches zeroed pages for the next one, which can take longer
+    than filling it, and hits the arm with more short-lived tensors. Accelerators' allocators keep memory anyway.
+
+    Returns:
+        Whether it could be set; only glibc knows these settings.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    most_mapped, trim_from = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return bool(mallopt(most_mapped, 0)) and bool(mallopt(trim_from, 2**31 - 1))
 
 
 def interleave(
