@@ -1,10 +1,11 @@
 """What methods on attention and heads cost in time: prefill and decode against the model as it is, in one run.
 
     python benchmarks/hallucination.py --out benchmarks/results/hallucination_cpu.json
-    python benchmarks/hallucination.py --device cuda --layers 32 --repeats 20 --out ...
+    python benchmarks/hallucination.py --device cuda --batch-layers 32 --repeats 20 --out ...
 
-A LLaVA-1.5-7B of published widths with random weights and `--layers` decoder layers, sdpa attention, prompts of 576
-visual and 60 text tokens, batch 1 and 8. Arms interleaved in one process, ratios taken round by round.
+A LLaVA-1.5-7B of published widths with random weights, sdpa attention, prompts of 576 visual and 60 text tokens: at
+full depth (13 GB of weights in bf16) for batch 1, with `--batch-layers` decoder layers for batch 8. Arms interleaved in
+one process, ratios taken round by round; the peak of memory of one prefill with weights and without.
 
 prefill   from pixels to the logits of the last position.
 decode    one token behind the cached prompt, `--steps` of them per round.
@@ -28,23 +29,35 @@ from rich.console import Console
 from rich.table import Table
 
 from vlattn.eval.bench_arms import twin
+from vlattn.eval.bench_memory import peak_memory
 from vlattn.eval.bench_shapes import random_inputs, random_model
 from vlattn.interventions.base import attach
 from vlattn.interventions.registry import parse_method
 from vlattn.runtime.hooks import cache_argument, cache_of
 from vlattn.runtime.machine import describe_machine
-from vlattn.runtime.timing import Spread, interleave
+from vlattn.runtime.timing import Spread, interleave, keep_freed_memory
 
-METHODS = {
-    "var": "var:sink_dims=[0,1],tau=2.0,min_visual_mass=0.0,rho_nonsink=0.0,skip_first_layers=1",
-    "paint": "paint:layers=[1,4]",
-    "pai": "pai:gamma=1.0,start_layer=1",
-    "vhr": "vhr",
-}
+FULL_DEPTH = 32
+
+
+def settings(layers: int) -> dict[str, str]:
+    """The methods, as the command line knows them; in fewer layers than the model has they start one layer earlier."""
+    sunk = "var:sink_dims=[0,1],tau=2.0,min_visual_mass=0.0,rho_nonsink=0.0"
+    if layers == FULL_DEPTH:
+        return {"var": sunk, "paint": "paint", "pai": "pai:gamma=1.0", "vhr": "vhr"}
+    return {
+        "var": f"{sunk},skip_first_layers=1",
+        "paint": "paint:start_layer=1",
+        "pai": "pai:gamma=1.0,start_layer=1",
+        "vhr": "vhr",
+    }
+
+
 TARGETS = {
     "prefill": {"var": 1.10, "paint": 1.05, "vhr": 1.35},
     "decode": {"var": 1.15, "paint": 1.05, "vhr": 1.03},
 }
+MEMORY_TARGET = 1.05
 Arm = Callable[[], object]
 
 
@@ -74,17 +87,19 @@ def decoding(model: Any, inputs: dict[str, Any], steps: int) -> Arm:
 
 
 def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    layers = args.layers if batch == 1 else args.batch_layers
     model: Any = random_model(
-        "llava-1.5-7b", layers=args.layers, dtype=getattr(torch, args.dtype), device=args.device, attn="sdpa"
+        "llava-1.5-7b", layers=layers, dtype=getattr(torch, args.dtype), device=args.device, attn="sdpa"
     )
     inputs = dict(random_inputs(model, batch=batch, count=1, text=60)[0])
     models, handles = {"vanilla": model}, []
-    for name in args.methods or METHODS:
+    chosen = {name: text for name, text in settings(layers).items() if not args.methods or name in args.methods}
+    for name, text in chosen.items():
         models[name] = twin(model)
-        method = parse_method(METHODS[name])
+        method = parse_method(text)
         assert method is not None
         handles.append(attach(models[name], method))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"layers": layers, "methods": chosen}
     stages: dict[str, dict[str, Arm]] = {
         "prefill": {name: (lambda one=one: prefill(one, inputs)) for name, one in models.items()},  # type: ignore[misc]
         "decode": {name: decoding(one, inputs, args.steps) for name, one in models.items()},
@@ -99,17 +114,27 @@ def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str,
             ratio, target = times[name].over(times["vanilla"]), TARGETS[stage].get(name)
             found[stage][name] = {**_rounded(ratio), "target": target, "met": target is None or ratio.median <= target}
             console.print(f"batch {batch} {stage} {name}: {ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})")
-    if args.device == "cuda":
-        found["peak_memory"] = {name: _peak(one, inputs) for name, one in models.items()}
+    with torch.inference_mode():
+        above = {
+            name: peak_memory(lambda one=one: prefill(one, inputs), model.device)["above"]  # type: ignore[misc]
+            for name, one in models.items()
+        }
+    weights = sum(weight.nbytes for weight in model.parameters())
+    found["peak_memory"] = {
+        name: {
+            "bytes": weights + peak,
+            "over_vanilla": round((weights + peak) / (weights + above["vanilla"]), 4),
+            "without_weights_over_vanilla": round(peak / above["vanilla"], 4),
+            "target": MEMORY_TARGET,
+        }
+        for name, peak in above.items()
+    }
+    for name, row in found["peak_memory"].items():
+        ratios = f"{row['over_vanilla']:.3f}, without weights {row['without_weights_over_vanilla']:.3f}"
+        console.print(f"batch {batch} peak memory {name}: {ratios}")
     for handle in handles:
         handle.detach()
     return found
-
-
-def _peak(model: Any, inputs: dict[str, Any]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    prefill(model, inputs)
-    return torch.cuda.max_memory_allocated()
 
 
 def _rounded(s: Spread) -> dict[str, float]:
@@ -120,11 +145,21 @@ def _milliseconds(s: Spread) -> dict[str, float]:
     return {"median": round(s.median * 1e3, 2), "lower": round(s.lower * 1e3, 2), "upper": round(s.upper * 1e3, 2)}
 
 
+def as_text(found: dict[str, Any]) -> str:
+    """JSON with each list of numbers on one line."""
+    return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(found, indent=1)) + "\n"
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="some of the methods (default all)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers (default 4; the model has 32)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(settings(FULL_DEPTH)), help="some of the methods (default all)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=FULL_DEPTH, help="decoder layers at batch 1 (default 32, as it has)"
+    )
+    parser.add_argument("--batch-layers", type=int, default=4, help="decoder layers of larger batches (default 4)")
     parser.add_argument("--steps", type=int, default=4, help="tokens decoded per round (default 4)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -141,9 +176,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {
         "benchmark": "hallucination",
         "machine": describe_machine(args.device),
-        "settings": {"layers": args.layers, "dtype": args.dtype, "methods": METHODS, "steps": args.steps},
-        "batches": {str(batch): measure(batch, args, console) for batch in args.batches},
+        "settings": {"dtype": args.dtype, "steps": args.steps, "text_tokens": 60, "repeats": args.repeats},
+        "batches": {},
     }
+    keep_freed_memory()
+    for batch in args.batches:
+        found["batches"][str(batch)] = measure(batch, args, console)
+        if args.out:  # after each: nothing is lost if a later one fails
+            args.out.write_text(as_text(found))
     table = Table("batch", "stage", "method", "over vanilla", "quartiles", "target")
     for batch, stages in found["batches"].items():
         for stage in ("prefill", "decode"):
@@ -154,9 +194,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                         batch, stage, name, f"{row['median']:.3f}", f"{row['lower']:.3f}-{row['upper']:.3f}", target
                     )
     console.print(table)
-    if args.out:
-        text = json.dumps(found, indent=1)
-        args.out.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n")
 
 
 if __name__ == "__main__":

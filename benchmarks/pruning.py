@@ -26,6 +26,7 @@ that never fire against vanilla (target 1.02).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import tempfile
@@ -323,8 +324,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if args.methods != ["gates"]:
             result |= measure(shape, args, console, done)
+        gc.collect()  # a second model would not fit beside the first
         if not args.methods or "gates" in args.methods:
             found["gates"][shape] = gates(shape, args)
+            gc.collect()
         save()
     report(console, found)
     if args.out:

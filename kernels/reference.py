@@ -24,7 +24,9 @@ def query_row_attention(
     batch, heads, rows, _ = q.shape
     # Query heads that share a key head become rows of one product; keys are never repeated.
     grouped = q.to(dtype).reshape(batch, k.shape[1], -1, q.shape[-1])  # [B, Hkv, H / Hkv * R, D]
-    logits = (grouped @ k.to(dtype).transpose(-1, -2)) * scale  # [B, Hkv, H / Hkv * R, N]
+    # Contiguous at once: keys come as views of [B, N, H, D], which a batched product would copy again.
+    keys = k.to(dtype, memory_format=torch.contiguous_format)
+    logits = (grouped @ keys.transpose(-1, -2)) * scale  # [B, Hkv, H / Hkv * R, N]
     logits = logits.view(batch, heads, rows, k.shape[2])  # [B, H, R, N]
     if key_mask is None:
         return logits.softmax(-1)

@@ -5,6 +5,7 @@ What a family cannot do is said by `Intervention.refuses`, which the documentati
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -151,3 +152,23 @@ def test_a_prompt_says_in_a_padded_batch_what_it_says_alone(
         for b in range(2):
             assert torch.equal(generate(model, alone(family, inputs, b)), together[b : b + 1])
     assert len(set(together.flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_prompts_without_any_image_are_left_as_they_are_with_one_warning(tiny: ModuleType, name: str) -> None:
+    model, inputs = build("llava", ModuleType("none"), tiny, dtype=torch.float32)
+    method, text = parse_method(SETTINGS[name]), {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
+    assert method is not None
+    labelled = {**text, "labels": text["input_ids"]}
+    vanilla, logits = generate(model, text), model(**labelled)
+    with method(model):
+        edited = [generate(model, inputs) for _ in range(2)]
+    with method(model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for expected in edited:
+            assert torch.equal(generate(model, text), vanilla)
+            assert torch.equal(generate(model, inputs), expected)
+        found = model(**labelled)
+    assert torch.equal(found.logits, logits.logits)
+    assert torch.equal(found.loss, logits.loss)
+    assert sum("no visual tokens" in str(one.message) for one in caught) == 1

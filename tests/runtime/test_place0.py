@@ -539,10 +539,14 @@ def test_a_prompt_padded_on_the_right_is_refused(llava: Any, prompts: Any) -> No
         run_inside(model, inputs)
 
 
-def test_a_prompt_without_images_is_refused(llava: Any) -> None:
+def test_an_image_behind_a_cached_text_is_refused(llava: Any, prompts: Any, tiny: ModuleType) -> None:
     model = llava()
-    with FLOWCUT(model), pytest.raises(InputError, match="no visual tokens"):
-        run_inside(model, {"input_ids": torch.tensor([[5, 6, 7]])})
+    inputs = prompts(model)
+    with torch.no_grad(), FLOWCUT(model):
+        with pytest.warns(UserWarning, match="no visual tokens"):
+            cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)[tiny.CACHE]
+        with pytest.raises(InputError, match="an image comes after positions that are cached already"):
+            model(**{**inputs, "attention_mask": None, tiny.CACHE: cache})
 
 
 def test_a_prompt_with_a_broken_span_is_refused(llava: Any, prompts: Any) -> None:

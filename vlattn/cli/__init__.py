@@ -17,6 +17,7 @@ from vlattn.cli.eval import app as eval_app
 from vlattn.cli.methods import methods
 from vlattn.cli.models import models
 from vlattn.cli.score import score
+from vlattn.cli.sinks import sinks
 from vlattn.cli.sweep import sweep
 from vlattn.cli.train import app as train_app
 from vlattn.cli.vhd import vhd
@@ -44,6 +45,7 @@ app.command()(methods)
 app.command()(models)
 app.command()(sweep)
 app.command()(vhd)
+app.command()(sinks)
 
 
 def _print_version(wanted: bool) -> None:

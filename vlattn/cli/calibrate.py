@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlattn.cli.options import parse_layers
 from vlattn.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def act(
             loaded,
             items,
             method=method,
-            layers=_layers(layers),
+            layers=parse_layers(layers),
             share=share,
             verify=verify,
             slopes=slopes,
@@ -100,15 +101,6 @@ def act(
         f"heads: {{{chosen}}}" if found.heads else "no head helps: the file names none, and ACT changes nothing"
     )
     console.print(f"file: {out}")
-
-
-def _layers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"layers: got {text!r}; give layer indices such as 2,3,4") from None
 
 
 def gains_table(found: HeadCalibration) -> Any:

@@ -39,6 +39,11 @@ class Intervention(ABC):
         that do not fit one model belong into `_attach`."""
         return None
 
+    @classmethod
+    def ranks_on(cls, family: type[Adapter]) -> bool:
+        """Whether it ranks in the decoder of a model family; `ranks_in_decoder` says whether it does on all."""
+        return cls.ranks_in_decoder
+
     @abstractmethod
     def _attach(self, session: Session, hooks: HookSet, trace: Trace) -> None:
         """Check the settings against the model and register hooks; state goes into closures, never into self."""
@@ -68,7 +73,7 @@ class Handle:
         try:
             for part in self.intervention._parts():
                 refuse_family(part, type(session.adapter))
-                refuse_conflicts(part, session.members)
+                refuse_conflicts(part, session.members, type(session.adapter))
                 session.members.append(part)
                 self._members.append(part)
                 part._attach(session, self._hooks, self.trace)
@@ -100,15 +105,19 @@ class Handle:
         self.detach()
 
 
-def refuse_conflicts(new: Intervention, members: list[Intervention]) -> None:
-    """Raise where `new` cannot act beside what is already there."""
+def refuse_conflicts(new: Intervention, members: list[Intervention], family: type[Adapter] | None = None) -> None:
+    """Raise where `new` cannot act beside what is already there, on a model family or (None) on any."""
+
+    def ranks(one: Intervention) -> bool:
+        return one.ranks_in_decoder if family is None else one.ranks_on(family)
+
     for member in members:
         if new.selects_features and member.selects_features:
             raise InputError(
                 f"{type(new).__name__}: {type(member).__name__} already chooses the image features of this model; "
                 "two methods cannot both choose them, so leave one context or drop one from compose"
             )
-        if new.ranks_in_decoder and member.ranks_in_decoder:
+        if ranks(new) and ranks(member):
             raise InputError(
                 f"{type(new).__name__}: {type(member).__name__} already ranks visual tokens in this model's decoder; "
                 "their scores would not be those of either paper, so leave one context or drop one from compose"

@@ -87,23 +87,27 @@ class FlowCut(VisualPruner, TowerPruner):
             return "its decoder also gets features from inside the tower, of patches that would be gone"
         return None if issubclass(family, Qwen2VLAdapter) else super().refuses(family)
 
+    @classmethod
+    def ranks_on(cls, family: type[Adapter]) -> bool:
+        return issubclass(family, Qwen2VLAdapter) or cls._two_stages(family)
+
     def _attach(self, session: Session, hooks: HookSet, trace: Trace) -> None:
         adapter = session.adapter
         if isinstance(adapter, Qwen2VLAdapter):
             QwenFlow(self.keep, self.semantic, self.positions, self.group_aligned).attach(session, hooks, trace)
         else:
             super()._attach(session, hooks, trace)
-        if isinstance(adapter, Qwen2VLAdapter) or self._two_stages(adapter):
+        if self.ranks_on(type(adapter)):
             positions = session.positions
             session.cuts.after(Request(self.decoder_layer, self._second_stage, positions, projections="qkv"), hooks)
 
     @staticmethod
-    def _two_stages(adapter: Adapter) -> bool:
-        return adapter.many_tiles and not isinstance(adapter, VideoLlavaAdapter)
+    def _two_stages(family: type[Adapter]) -> bool:
+        return family.many_tiles and not issubclass(family, VideoLlavaAdapter)
 
     def _target(self, adapter: Adapter) -> int:
         """Patches to end with in each tile; CLS counts inside the budget where the model hands it over."""
-        if not self._two_stages(adapter):
+        if not self._two_stages(type(adapter)):
             self._check_keep(adapter, tiles=True)
             return self.keep - int(adapter.cls_in_features)
         target = self.keep // 2 - int(adapter.cls_in_features)

@@ -34,7 +34,7 @@ def flowcut_score(
         (score [B, P], attention [B, P]): the score, and the head-mean attention over patches, not renormalised.
     """
     dtype = accumulation_dtype(value.dtype)
-    v = value.to(dtype)
+    v = value.to(dtype, memory_format=torch.contiguous_format)
     attention = cls_attention.to(dtype).mean(1)[:, 1:]  # [B, P]
     mean_value = v.mean(1)  # [B, 1 + P, D]: heads are averaged first, then the norm is taken
     size = mean_value[:, 1:].abs().sum(-1)

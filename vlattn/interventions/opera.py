@@ -141,10 +141,12 @@ def _generate_by(method: OPERA, session: Session, reader: RowReader, trace: Trac
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         """The model's `generate`, decoding as OPERA does."""
-        if session.gate.closed:
+        if session.gate.held:
             return stock(*args, **kwargs)
         given = dict(names.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
+        if not session.sees_images(given):
+            return stock(*args, **kwargs)
         _refuse(method, model, given)
         return stock(**{**given, "num_beams": method.num_beams, "custom_generate": decode})
 

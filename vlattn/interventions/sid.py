@@ -97,8 +97,7 @@ class _HiddenTokens:
     """Hides image tokens in the second stream alone: cuts of its own, behind a gate that only this stream opens."""
 
     def __init__(self, session: Session, hooks: HookSet, layer: int, keep: int) -> None:
-        self._adapter, self._gate = session.adapter, Gate()
-        self._gate.closed = True
+        self._adapter, self._gate = session.adapter, Gate(held=True)
         self._cuts = DecoderCuts(session.adapter, self._gate)
         self._visual: Any = None
         own = HookSet(self._gate)
@@ -115,11 +114,11 @@ class _HiddenTokens:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        self._gate.closed = False
+        self._gate.held = False
         try:
             yield
         finally:
-            self._gate.closed = True
+            self._gate.held = True
 
     def _find_images(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = as_keywords(module, args, kwargs)

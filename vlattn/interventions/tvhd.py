@@ -16,7 +16,7 @@ from torch import nn
 from vlattn.errors import InputError
 from vlattn.interventions.settings import require_choice, require_count
 from vlattn.interventions.teacher_forcing import Blind, Seeing
-from vlattn.interventions.vhd import joined, vhd_scores, watch_prompt
+from vlattn.interventions.vhd import joined, require_image, vhd_scores, watch_prompt
 from vlattn.interventions.vhd_knockout import KnockOut
 
 By = Literal["removal", "knockout"]
@@ -127,6 +127,7 @@ def tvhd(
             f"generated: got {list(generated.shape)}; give the new tokens of {batch} prompts as [{batch}, N], N >= 1"
         )
     with joined(model) as (session, hooks):
+        require_image(session, inputs)
         layers = list(range(len(session.adapter.decoder_layers)))
         size = 1 if session.members else max(1, generated.shape[1] - 1)
         if by == "knockout":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlattn.errors import InputError
 from vlattn.interventions.text_only import TextPrompt, head_outputs
 from vlattn.kernels.reference import accumulation_dtype
 from vlattn.models.registry import adapter_for
@@ -80,6 +81,12 @@ def joined(model: nn.Module) -> Iterator[tuple[Session, HookSet]]:
         close_if_empty(session)
 
 
+def require_image(session: Session, inputs: Mapping[str, Any]) -> None:
+    """Raise where no prompt of the batch has an image."""
+    if not session.sees_images(dict(inputs)):
+        raise InputError("inputs: the prompts have no visual tokens; give at least one with an image")
+
+
 def watch_prompt(session: Session, hooks: HookSet) -> list[TextPrompt]:
     """A list that each prefill from here on adds its text-only prompt to."""
     prompts: list[TextPrompt] = []
@@ -114,6 +121,7 @@ def vhd(model: nn.Module, inputs: Mapping[str, Any], *, remove_outliers: bool = 
         InputError: no image in the whole batch, padding on the right, or a prompt that has no text.
     """
     with joined(model) as (session, hooks):
+        require_image(session, inputs)
         adapter, prompts = session.adapter, watch_prompt(session, hooks)
         layers = range(len(adapter.decoder_layers))
         seeing = head_outputs(adapter, layers, lambda: adapter.multimodal(**inputs, use_cache=False), session.gate)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn.interventions.vhd import joined, without_outliers
+from vlattn.interventions.vhd import joined, require_image, without_outliers
 from vlattn.runtime.routing import AttentionCall, Plain, weighted_values
 
 
@@ -82,6 +82,7 @@ def vhd_knockout(model: nn.Module, inputs: Mapping[str, Any], *, remove_outliers
         [B, L, H]; fp32 for half-precision models.
     """
     with joined(model) as (session, hooks):
+        require_image(session, inputs)
         layers = list(range(len(session.adapter.decoder_layers)))
         edit = KnockOut(remove_outliers=remove_outliers)
         session.attention.add(layers, edit, hooks)

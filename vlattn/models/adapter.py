@@ -54,6 +54,11 @@ class Adapter(ABC):
         """The vision tower."""
 
     @property
+    def towers(self) -> tuple[Any, ...]:
+        """Every vision tower: one, in most families."""
+        return (self.tower,)
+
+    @property
     @abstractmethod
     def vision_layers(self) -> Sequence[Any]:
         """The tower's transformer layers, in order."""

@@ -28,6 +28,10 @@ class VideoLlavaAdapter(LlavaAdapter):
         return self.multimodal.video_tower
 
     @property
+    def towers(self) -> tuple[Any, ...]:
+        return self.tower, self.video_tower
+
+    @property
     def encoders(self) -> tuple[Sequence[Any], ...]:
         return self.vision_layers, getattr(self.video_tower, "vision_model", self.video_tower).encoder.layers
 

@@ -13,18 +13,26 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Gate:
-    """Shut while a model runs for somebody's own purposes, such as a second stream that no intervention touches."""
+    """Lets hooks through, or not.
 
-    def __init__(self) -> None:
-        self.closed = False
+    held: shut while a model runs for somebody's own purposes, such as a second stream that no intervention touches.
+    blind: shut while a model answers a prompt without any image, where there is nothing to act on.
+    """
+
+    def __init__(self, held: bool = False) -> None:
+        self.held, self.blind = held, False
+
+    @property
+    def closed(self) -> bool:
+        return self.held or self.blind
 
     @contextmanager
     def shut(self) -> Iterator[None]:
-        before, self.closed = self.closed, True
+        before, self.held = self.held, True
         try:
             yield
         finally:
-            self.closed = before
+            self.held = before
 
 
 class HookSet:
@@ -35,9 +43,12 @@ class HookSet:
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """`hook(module, args, kwargs)` runs before `module`; it may return new (args, kwargs)."""
-        self._handles.append(module.register_forward_pre_hook(self._gated(hook), with_kwargs=True))
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
+        """`hook(module, args, kwargs)` runs before `module`; it may return new (args, kwargs).
+
+        first: before the hooks that are already there.
+        """
+        self._handles.append(module.register_forward_pre_hook(self._gated(hook), with_kwargs=True, prepend=first))
 
     def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """`hook(module, args, output)` runs after `module`, before hooks that are already there; it may replace output.

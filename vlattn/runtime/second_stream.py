@@ -96,7 +96,8 @@ class SecondStream:
         hooks.also(own.remove)
 
     def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._session.gate.closed and as_keywords(module, args, kwargs).get("labels") is not None:
+        call = as_keywords(module, args, kwargs)
+        if call.get("labels") is not None and not self._session.gate.held and self._session.sees_images(call):
             raise InputError("labels: contrasting two streams is for generation; leave the context to train")
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

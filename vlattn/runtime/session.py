@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class Session:
     choosers: what decides at the decoder's door which visual tokens leave, features as the decoder would get them.
     cuts: what is dropped inside the decoder.
     attention: what is edited in attention rows.
-    gate: shut while the model runs without any intervention.
+    gate: shut while the model runs without any intervention, also on prompts without images.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
@@ -59,6 +60,12 @@ class Session:
         self._call: dict[str, Any] = {}
         self._short: ShortPrompt | None = None
         self._mask_is_short = False
+        self._warned = False
+        self._door = HookSet()  # of no gate: it opens and shuts that of the others
+        for module in dict.fromkeys((model, adapter.multimodal)):
+            self._door.before(module, self._look_for_images, first=True)
+        for tower in adapter.towers:
+            self._door.before(tower, self._see_images, first=True)
         self._hooks = HookSet(self.gate)
         self._labels = LabelledCall(model, self)
         self._hooks.before(model, self._labels.take)
@@ -69,6 +76,7 @@ class Session:
         self._hooks.also(adapter.remember_sizes().remove)
 
     def close(self) -> None:
+        self._door.remove()
         self._hooks.remove()
         self.cuts.close()
 
@@ -88,6 +96,38 @@ class Session:
     def _implementation(self) -> str:
         return self.adapter.text_config._attn_implementation or "eager"
 
+    def _look_for_images(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before anything else: without an image in the whole batch there is nothing to act on, to the last token."""
+        if self.gate.held:
+            return
+        call = as_keywords(module, args, kwargs)
+        if cached_length(call):
+            if self.gate.blind and self.sees_images(call):
+                raise InputError(
+                    "cache: an image comes after positions that are cached already, where no intervention can act; "
+                    "give the whole prompt at once with an empty cache"
+                )
+            return
+        self.gate.blind = not self.sees_images(call)
+        if self.gate.blind and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"input_ids: the prompt has no visual tokens (placeholder id {self.adapter.image_token_id}), so "
+                "interventions leave it as it is",
+                stacklevel=2,
+            )
+
+    def _see_images(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a vision tower, which newer transformers run before the forward that the features are for."""
+        if not self.gate.held:
+            self.gate.blind = False
+
+    def sees_images(self, call: dict[str, Any]) -> bool:
+        """Whether any prompt of a forward, or of `generate`, has visual tokens."""
+        if call.get("inputs") is not None:  # what generate calls its ids
+            call = {**call, "input_ids": call["inputs"]}
+        return bool(self.adapter.visual_mask(call).any())
+
     def _read_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
         """Before the multimodal forward: a prefill forgets the last prompt and finds the visual tokens of this one."""
         call = as_keywords(module, args, kwargs)
@@ -101,11 +141,6 @@ class Session:
             raise InputError(
                 "attention_mask: the prompts are padded on the right; "
                 "set processor.tokenizer.padding_side = 'left' and prepare them again"
-            )
-        if not bool(self.visual.mask.any()):
-            raise InputError(
-                f"input_ids: the prompt has no visual tokens (placeholder id {self.adapter.image_token_id}); "
-                "give an image, or leave the context for text-only prompts"
             )
         return None
 
