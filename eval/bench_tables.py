@@ -71,8 +71,8 @@ def work_table(results: Row) -> Table:
         ("method", "prefill GFLOP", "counted", "tower", "decoder", "decode", "KV KiB"),
         width=26,  # of "removed before the decoder"
     )
-    cuda = results["arms"][0]["memory"]["measured"]
-    if cuda:
+    measured = results["arms"][0]["memory"]["measured"]
+    if measured:
         table.add_column("peak MiB", justify="right")
     for row in results["arms"]:
         ratios, saving = row.get("ratios", {}), row["saving"]
@@ -86,7 +86,7 @@ def work_table(results: Row) -> Table:
             NA if counted is None else f"{counted / 1e9:.4g}",
             *(_times(ratios.get(name)).strip() for name in ("tower", "decoder", "decode")),
             f"{row['kv_bytes']['used'] / 1024:,.0f}{_times(ratios.get('kv_bytes'))}",
-            *([f"{row['memory']['above'] / 2**20:,.0f}"] if cuda else []),
+            *([f"{row['memory']['above'] / 2**20:,.0f}"] if measured else []),
         )
     return table
 

@@ -220,8 +220,8 @@ def test_arms_of_a_round_get_the_same_inputs(model: Any, prompts: Prompts) -> No
             )
 
     bench(model, inputs, [Watch()], **{**FEW, "repeats": 3, "stage_repeats": 3})
-    # One look at each, three rounds, a warm-up and three rounds by stage, FLOPs on the first.
-    assert seen == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0]
+    # One look at each, three rounds, a warm-up and three rounds by stage, memory and FLOPs on the first.
+    assert seen == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0]
 
 
 # Fixed work -----------------------------------------------------------------------------------------------------------
@@ -445,10 +445,20 @@ def test_records_and_reports_describe_the_machine_alike(model: Any) -> None:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_cpu_has_no_peak_per_call_and_the_call_is_spared() -> None:
+def test_on_a_cpu_the_peak_is_what_lives_at_one_time_in_one_run() -> None:
     calls: list[int] = []
-    assert not peak_memory(lambda: calls.append(1), torch.device("cpu"))["measured"]
-    assert calls == []
+
+    def call() -> None:
+        calls.append(1)
+        for _ in range(3):
+            torch.empty(2_000_000)  # 8 MB each, one after the other
+        both = torch.empty(1_000_000), torch.empty(3_000_000)
+        del both
+
+    found = peak_memory(call, torch.device("cpu"))
+    assert found["measured"]
+    assert 16_000_000 <= found["above"] < 16_100_000
+    assert calls == [1]
 
 
 @pytest.mark.skipif(not STATUS.is_file(), reason="compares with what Linux tells")

@@ -88,14 +88,14 @@ def second_of(name: str, family: str, naive_two: ModuleType) -> Callable[[Inputs
         return lambda single: naive_two.put_in(single, 1, WORDS, removed=len(SYSTEM))
     if name == "icd-after":
         return lambda single: naive_two.put_in(single, behind_image(single, family), WORDS)
-    gone = (63, 62, 61, 60) if family.startswith("qwen") else (63, 62)
+    gone = (63, 62, 61, 60) if family.startswith(("qwen", "gemma")) else (63, 62)
     return lambda single: naive_two.text_only(single, gone)
 
 
 def behind_image(single: Inputs, family: str) -> int:
-    """Where text goes that follows the last image; Qwen-VL closes one with a token of its own."""
+    """Where text goes that follows the last image; Qwen-VL and Gemma 3 close one with a token of their own."""
     ids = single["input_ids"][0].tolist()
-    return len(ids) - ids[::-1].index(63) + family.startswith("qwen")
+    return len(ids) - ids[::-1].index(63) + family.startswith(("qwen", "gemma"))
 
 
 def weights_of(name: str) -> Callable[[int], tuple[float, float]]:

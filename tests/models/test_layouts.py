@@ -454,7 +454,7 @@ def test_neither_ids_nor_embeddings_are_refused(families: ModuleType) -> None:
 
 def test_a_placeholder_without_an_embedding_asks_for_ids(families: ModuleType) -> None:
     adapter = adapter_for(families.model("gemma3", image_token_index=70))
-    with pytest.raises(InputError, match=r"inputs_embeds: the placeholders \(70,\) lie outside the 64 embeddings"):
+    with pytest.raises(InputError, match=r"inputs_embeds: the tokens \(70,\) lie outside the 64 embeddings"):
         adapter.visual_tokens({"inputs_embeds": torch.zeros(1, 3, 32, dtype=torch.float64)})
 
 

@@ -22,7 +22,7 @@ from vlattn.models.registry import adapter_for
 from vlattn.runtime.hooks import HookSet, cache_argument
 from vlattn.runtime.second_prompt import with_image, without_image
 from vlattn.runtime.second_stream import SecondStream
-from vlattn.runtime.session import Session
+from vlattn.runtime.session import Session, session_of
 
 NEW = 4
 Combine = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -335,3 +335,22 @@ def test_an_error_in_the_second_stream_leaves_the_model_as_it_was(llava: Any, pr
         assert not session.gate.closed
         assert tiny.hooks_of(model) == hooks
         assert torch.equal(model(**inputs).logits, vanilla)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_without_its_image_a_prompt_is_the_same_by_ids_and_by_embeddings(families: Any, family: str) -> None:
+    model = families.model(family)
+    inputs = families.inputs(family, model)
+    session = session_of(model, adapter_for)
+    session.visual = session.adapter.visual_tokens(inputs)
+    embed = model.get_input_embeddings()
+    by_ids = without_image(inputs, session)
+    ids = inputs["input_ids"]
+    gone = [*session.adapter.placeholder_ids, *session.adapter.wrapper_ids]
+    assert not torch.isin(by_ids["input_ids"], torch.tensor(gone)).any()
+    assert family == "llava_next" or torch.isin(ids, torch.tensor(session.adapter.wrapper_ids)).any()
+    call = {"inputs_embeds": embed(ids), "attention_mask": inputs["attention_mask"]}
+    by_embeds = without_image(call, session)
+    assert by_embeds["attention_mask"].equal(by_ids["attention_mask"])
+    seen = by_ids["attention_mask"].bool()
+    assert by_embeds["inputs_embeds"][seen].equal(embed(by_ids["input_ids"])[seen])

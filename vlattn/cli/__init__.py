@@ -16,6 +16,7 @@ from vlattn.cli.demo import demo
 from vlattn.cli.eval import app as eval_app
 from vlattn.cli.methods import methods
 from vlattn.cli.models import models
+from vlattn.cli.probe import app as probe_app
 from vlattn.cli.score import score
 from vlattn.cli.sinks import sinks
 from vlattn.cli.sweep import sweep
@@ -41,6 +42,7 @@ app.command("compare")(compare)
 app.command("build-pope")(build_pope)
 app.add_typer(train_app, name="train")
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(probe_app, name="probe")
 app.command()(methods)
 app.command()(models)
 app.command()(sweep)

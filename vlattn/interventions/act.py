@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from vlattn.checks import require_bool, require_choice, require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.act_edit import Tokens
 from vlattn.interventions.act_head_file import chosen_heads
 from vlattn.interventions.act_run import ActRun
 from vlattn.interventions.act_sinks import Spare
 from vlattn.interventions.base import Intervention
-from vlattn.interventions.settings import require_bool, require_choice, require_count, require_number
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.session import Session
 from vlattn.runtime.trace import Trace

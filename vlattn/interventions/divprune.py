@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlattn.checks import require_choice, require_count, require_number, require_one
 from vlattn.interventions.prompt_pruner import PromptPruner
-from vlattn.interventions.settings import require_choice, require_count, require_number, require_one
 from vlattn.kernels.reference import ROW_BLOCK, accumulation_dtype
 from vlattn.runtime.sequence import Positions
 from vlattn.runtime.tokens import VisualTokens

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vlattn.checks import require_bool, require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.merged_cells import ImageCells, choose_cells
-from vlattn.interventions.settings import require_bool, require_count, require_number
 from vlattn.interventions.tower_selector import PatchChooser, TowerSelector
 from vlattn.interventions.vision_attention import LayerWatch
 from vlattn.models.adapter import Adapter

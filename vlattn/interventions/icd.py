@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from vlattn.checks import require_choice, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.contrast import contrast
-from vlattn.interventions.settings import require_choice, require_number
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.second_prompt import text_positions, with_image
 from vlattn.runtime.second_stream import SecondStream

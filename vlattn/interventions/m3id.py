@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vlattn.checks import require_number
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.contrast import contrast
-from vlattn.interventions.settings import require_number
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.second_prompt import without_image
 from vlattn.runtime.second_stream import SecondStream

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlattn.checks import require_count
 from vlattn.errors import InputError
-from vlattn.interventions.settings import require_count
 from vlattn.kernels.reference import accumulation_dtype
 from vlattn.runtime.routing import AttentionCall, Plain
 from vlattn.runtime.session import Session

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from vlattn.checks import require_bool, require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.opera_search import Search
 from vlattn.interventions.opera_stream import RowReader, Stream
-from vlattn.interventions.settings import require_bool, require_count, require_number
 from vlattn.models.adapter import Adapter
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.session import Session

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from vlattn.checks import require_bool, require_number
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.contrast import contrast
 from vlattn.interventions.modulate import Boost, layers_between, require_layers, require_strength
-from vlattn.interventions.settings import require_bool, require_number
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.second_prompt import without_image
 from vlattn.runtime.second_stream import SecondStream

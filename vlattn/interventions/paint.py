@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vlattn.checks import require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.flowcut import FlowCut
@@ -22,7 +23,6 @@ from vlattn.interventions.pai import refine_without_image
 from vlattn.interventions.paint_select import Informed, at_tokens
 from vlattn.interventions.paint_watch import watch_tower
 from vlattn.interventions.prumerge import PruMerge
-from vlattn.interventions.settings import require_number
 from vlattn.interventions.tome import ToMe
 from vlattn.interventions.visionzip import VisionZip
 from vlattn.models.qwen2_vl import Qwen2VLAdapter

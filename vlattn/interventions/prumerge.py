@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlattn.checks import require_bool, require_choice, require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.placement import Reduced
-from vlattn.interventions.settings import require_bool, require_choice, require_count, require_number
 from vlattn.interventions.tower_pruner import Reducer, TowerPruner
 from vlattn.interventions.vision_attention import LayerWatch
 from vlattn.kernels.reference import accumulation_dtype

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlattn.checks import require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.contrast import contrast
 from vlattn.interventions.decoder_pruner import top_visual
-from vlattn.interventions.settings import require_count, require_number
 from vlattn.runtime.decoder import Cut, DecoderCuts, Request
 from vlattn.runtime.hooks import Gate, HookSet, as_keywords, cached_length
 from vlattn.runtime.layer_state import LayerState

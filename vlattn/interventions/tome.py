@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vlattn.errors import InputError
-from vlattn.interventions.placement import Reduced
-from vlattn.interventions.settings import (
+from vlattn.checks import (
     require_bool,
     require_choice,
     require_count,
     require_number,
     require_one,
 )
+from vlattn.errors import InputError
+from vlattn.interventions.placement import Reduced
 from vlattn.interventions.tome_merge import (
     Rate,
     exact_schedule,

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vlattn.checks import require_choice, require_count
 from vlattn.errors import InputError
-from vlattn.interventions.settings import require_choice, require_count
 from vlattn.interventions.teacher_forcing import Blind, Seeing
 from vlattn.interventions.vhd import joined, require_image, vhd_scores, watch_prompt
 from vlattn.interventions.vhd_knockout import KnockOut

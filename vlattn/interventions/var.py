@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlattn.checks import require_bool, require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
-from vlattn.interventions.settings import require_bool, require_count, require_number
 from vlattn.interventions.var_calibrate import check_tau
 from vlattn.interventions.var_redistribute import KeySets, Masses, Rule, image_centric, redistribute
 from vlattn.interventions.var_sinks import TAU, SinkChannels, known_channels, sink_strength

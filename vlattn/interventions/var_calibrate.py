@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vlattn.checks import require_choice
 from vlattn.errors import InputError
-from vlattn.interventions.settings import require_choice
 from vlattn.interventions.var_sinks import RMS_EPS, TAU
 from vlattn.models.adapter import Adapter
 from vlattn.models.registry import adapter_for

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from vlattn.checks import require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.contrast import contrast
-from vlattn.interventions.settings import require_count, require_number
 from vlattn.runtime.hooks import HookSet
 from vlattn.runtime.second_prompt import PIXELS, with_image
 from vlattn.runtime.second_stream import SecondStream

@@ -37,7 +37,8 @@ def knockout_outputs(
     for keys in (image, allowed & ~image):
         own = logits.masked_fill(~keys, -torch.inf)
         mass.append(own.logsumexp(-1))
-        outputs.append(weighted_values(own.softmax(-1).nan_to_num(0), value))
+        # Outputs are compared: in the weights' precision, not in what they are used in.
+        outputs.append(weighted_values(own.softmax(-1).nan_to_num(0), value.to(own.dtype)))
     share = (mass[0] - mass[1]).sigmoid().nan_to_num(0)  # [B, H, R]; both masses are -inf on padding
     return share * (outputs[0] - outputs[1]).norm(dim=-1), outputs[1]
 

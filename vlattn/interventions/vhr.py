@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlattn.checks import require_bool
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.decoder_pruner import as_tuple
-from vlattn.interventions.settings import require_bool
 from vlattn.interventions.text_only import (
     TextPrompt,
     TextStream,

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlattn import ops
+from vlattn.checks import require_bool, require_choice, require_count
 from vlattn.errors import InputError
 from vlattn.interventions.merged_cells import ImageCells, choose_cells
 from vlattn.interventions.placement import Reduced, in_tile_order
-from vlattn.interventions.settings import require_bool, require_choice, require_count
 from vlattn.interventions.tower_pruner import Reducer, TowerPruner
 from vlattn.interventions.vision_attention import LayerWatch
 from vlattn.kernels.reference import accumulation_dtype

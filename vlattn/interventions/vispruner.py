@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from vlattn.interventions.settings import require_count, require_number
+from vlattn.checks import require_count, require_number
 from vlattn.interventions.tower_selector import PatchChooser, TowerSelector
 from vlattn.interventions.vision_attention import LayerWatch
 from vlattn.kernels.reference import accumulation_dtype
@@ -41,11 +41,14 @@ def vispruner_choice(
     order = score.sort(dim=-1, descending=True, stable=True).indices  # [B, N]
     left = order[:, best:] if diverse else order[:, :0]
     unit = F.normalize(features.to(accumulation_dtype(features.dtype)), dim=-1)
+    # All cosines once: rounds of products of ever new halves cost several times as much.
+    cosine = unit @ unit.transpose(1, 2) if left.shape[1] > diverse else unit  # [B, N, N]
     while left.shape[1] > diverse:
         even, odd = left[:, ::2], left[:, 1::2]  # [B, n / 2]
         # The released code takes both halves for equally long; odd numbers of patches need the true ones.
         leaving = min(step, left.shape[1] - diverse, even.shape[1])
-        alike = (_rows(unit, even) @ _rows(unit, odd).transpose(1, 2)).amax(-1)  # [B, n / 2]
+        others = torch.full_like(cosine[:, 0], -torch.inf).scatter(1, odd, 0)
+        alike = (_rows(cosine, even) + others[:, None]).amax(-1)  # [B, n / 2]
         staying = alike.sort(dim=-1, descending=True, stable=True).indices[:, leaving:]
         left = torch.cat([even.gather(1, staying), odd], 1)  # this order decides the next halves
     return torch.cat([order[:, :best], left], 1).sort(-1).values

@@ -150,27 +150,30 @@ class Adapter(ABC):
 
         By input_ids, or where there are none by inputs_embeds that equal a placeholder's embedding.
         """
-        input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if input_ids is not None:
-            found = [input_ids == i for i in self.placeholder_ids]
-        elif inputs_embeds is not None:
-            found = [(inputs_embeds == embedding).all(-1) for embedding in self._placeholder_embeddings(inputs_embeds)]
-        else:
-            raise InputError("input_ids: got neither input_ids nor inputs_embeds; give one of them")
+        found = self.places_of(self.placeholder_ids, call)
         kinds = torch.full_like(found[0], -1, dtype=torch.int64)
         for kind, here in enumerate(found):
             kinds[here] = kind
         return kinds
 
-    def _placeholder_embeddings(self, like: torch.Tensor) -> torch.Tensor:
-        """[placeholders, D], through the embedding module: some families scale what the table holds."""
+    def places_of(self, ids: Sequence[int], call: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Where a prompt has each of some tokens, bool [B, T] each, by their ids or by their embedding."""
+        input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if input_ids is not None:
+            return [input_ids == i for i in ids]
+        if inputs_embeds is None:
+            raise InputError("input_ids: got neither input_ids nor inputs_embeds; give one of them")
+        return [(inputs_embeds == embedding).all(-1) for embedding in self._embeddings_of(ids, inputs_embeds)]
+
+    def _embeddings_of(self, ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """[ids, D], through the embedding module: some families scale what the table holds."""
         embedding = self.language_model.get_input_embeddings()
-        if max(self.placeholder_ids) >= embedding.num_embeddings:
+        if ids and max(ids) >= embedding.num_embeddings:
             raise InputError(
-                f"inputs_embeds: the placeholders {self.placeholder_ids} lie outside the {embedding.num_embeddings} "
-                "embeddings of this model, so they cannot be found by value; give input_ids"
+                f"inputs_embeds: the tokens {tuple(ids)} lie outside the {embedding.num_embeddings} embeddings of this "
+                "model, so they cannot be found by value; give input_ids"
             )
-        return embedding(torch.tensor(self.placeholder_ids, device=like.device)).to(like.dtype)
+        return embedding(torch.tensor(ids, dtype=torch.int64, device=like.device)).to(like.dtype)
 
     def visual_mask(self, call: Mapping[str, Any]) -> torch.Tensor:
         """Where a prompt has placeholders, bool [B, T], by their ids or by their embedding."""

@@ -14,6 +14,10 @@ class Gemma3Adapter(LlavaAdapter):
     masks_above_decoder = True
 
     @property
+    def wrapper_ids(self) -> tuple[int, ...]:
+        return self.config.boi_token_index, self.config.eoi_token_index
+
+    @property
     def grid(self) -> tuple[int, int]:
         side = int(self.config.mm_tokens_per_image**0.5)
         return side, side

@@ -93,6 +93,7 @@ class AttentionEdits:
         self._adapter, self._cuts, self._gate = adapter, cuts, gate
         self._edits: dict[int, list[AttentionEdit]] = {}
         self._before: str | None = None
+        self._masks: tuple[Any, tuple[int, int], torch.Tensor, torch.Tensor] | None = None
 
     def add(self, layers: list[int], edit: AttentionEdit, hooks: HookSet) -> None:
         """Have `edit` act on `layers` until `hooks` are removed."""
@@ -165,11 +166,14 @@ class AttentionEdits:
             return None
         prompt, keys = now.alive.shape[1], key.shape[2]
         behind = 0 if self._cuts.prefill else self._cuts.generated + query.shape[2]
-        places = torch.arange(keys, device=key.device)
-        visual = torch.zeros(key.shape[0], keys, dtype=torch.bool, device=key.device)
-        visual[:, :prompt] = now.tokens.visual
-        alive = (places < prompt + behind).expand(key.shape[0], -1).clone()
-        alive[:, :prompt] &= now.alive if now.segment is None else now.segment.keys
+        if self._masks is None or self._masks[0] is not now or self._masks[1] != (keys, behind):
+            places = torch.arange(keys, device=key.device)
+            visual = torch.zeros(key.shape[0], keys, dtype=torch.bool, device=key.device)
+            visual[:, :prompt] = now.tokens.visual
+            alive = (places < prompt + behind).expand(key.shape[0], -1).clone()
+            alive[:, :prompt] &= now.alive if now.segment is None else now.segment.keys
+            self._masks = now, (keys, behind), visual, alive  # layers between two cuts see the same keys
+        _, _, visual, alive = self._masks
         return AttentionCall(layer, self._cuts.prefill, query, key, value, visual, alive, prompt)
 
 
@@ -200,11 +204,11 @@ def _routed(base: str) -> Callable[..., Any]:
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> Any:
         function = _base(module, base)
-        output, weights = function(module, query, key, value, mask, **kwargs)
         route = _ROUTES.get(module)
-        if route is None:
-            return output, weights
-        edited = route.owner.edit(route.layer, query, key, value, mask, **kwargs)
+        edited = None if route is None else route.owner.edit(route.layer, query, key, value, mask, **kwargs)
+        if edited is not None and base != "eager" and edited[1].shape[1] == query.shape[2] and bool(edited[1].all()):
+            return edited[0], None  # every row of every head is replaced, as in most decode steps
+        output, weights = function(module, query, key, value, mask, **kwargs)
         if edited is None:
             return output, weights
         rows, touched, made = edited
@@ -258,7 +262,7 @@ def scaled_logits(query: torch.Tensor, key: torch.Tensor, scaling: float | None)
 
 
 def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """weights @ v [B, H, R, d], accumulated as the weights are."""
+    """weights @ v [B, H, R, d], in the values' dtype, as stock attention multiplies them."""
     batch, heads, rows, keys = weights.shape
-    grouped = weights.reshape(batch, value.shape[1], -1, keys)
-    return (grouped @ value.to(weights.dtype)).view(batch, heads, rows, -1)
+    grouped = weights.to(value.dtype).reshape(batch, value.shape[1], -1, keys)
+    return (grouped @ value).view(batch, heads, rows, -1)

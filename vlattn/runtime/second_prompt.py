@@ -56,9 +56,8 @@ def without_image(call: dict[str, Any], session: Session) -> dict[str, Any]:
     assert visual is not None
     drop = visual.mask.clone()
     ids, embeds, mask = call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask")
-    if ids is not None:
-        for wrapper in session.adapter.wrapper_ids:
-            drop |= ids == wrapper
+    for here in session.adapter.places_of(session.adapter.wrapper_ids, call):
+        drop |= here
     batch, length = drop.shape
     valid = valid_columns(mask, batch, length, drop.device)
     segment = Segment.of(valid & ~drop)

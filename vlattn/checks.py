@@ -1,7 +1,8 @@
-"""Checks that settings of several methods share; every error names the setting, what was given, and what to do."""
+"""Checks of settings that all rooms share; every error names the setting, what was given, and what to do."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vlattn.errors import InputError
@@ -11,6 +12,20 @@ def require_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: got {value!r}; give an integer of at least {least}")
+
+
+def require_divisor(name: str, value: object, of: str, total: int) -> None:
+    """Refuse what is no positive integer that divides `total`, which the message calls `of`."""
+    require_count(name, value)
+    assert isinstance(value, int)
+    if total % value:
+        raise InputError(f"{name}: got {value}, which does not divide {of}={total}; give a divisor of {total}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Refuse what is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{name}: got {value!r}; give a positive number")
 
 
 def require_number(name: str, value: object, least: float, most: float | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Attentive poolers: one file per family, all under one interface (`base`), made by name (`registry`)."""
