@@ -30,9 +30,7 @@ and of the keep-all arms are checked to be the same bit for bit.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,6 +48,7 @@ from vlattn.eval.bench_arms import twin
 from vlattn.eval.model_cost import cache_bytes, model_cost
 from vlattn.models.registry import adapter_for
 from vlattn.ops import query_row_attention
+from vlattn.runtime.compact_json import as_text
 from vlattn.runtime.hooks import cache_of
 from vlattn.runtime.machine import describe_machine
 from vlattn.runtime.timing import Spread, Timing, interleave
@@ -322,7 +321,7 @@ def as_json(
         "timings_ms": {
             group: {
                 name: {
-                    **_milliseconds(timing.seconds),
+                    **timing.seconds.milliseconds(4),
                     "raw": [round(ns / 1e6, 4) for ns in timing.nanoseconds],
                 }
                 for name, timing in timings.items()
@@ -342,16 +341,6 @@ def as_json(
             for c in bench.comparisons
         ],
     }
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """JSON with each list of numbers on one line."""
-    text = json.dumps(found, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
-
-
-def _milliseconds(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median * 1e3, 4), "lower": round(s.lower * 1e3, 4), "upper": round(s.upper * 1e3, 4)}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

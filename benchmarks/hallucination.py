@@ -18,8 +18,6 @@ prefill VAR 1.10, PAINT 1.05, VHR 1.35 (it adds a prefill of the text alone); de
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,10 @@ from vlattn.eval.bench_memory import peak_memory
 from vlattn.eval.bench_shapes import random_inputs, random_model
 from vlattn.interventions.base import attach
 from vlattn.interventions.registry import parse_method
+from vlattn.runtime.compact_json import as_text
 from vlattn.runtime.hooks import cache_argument, cache_of
 from vlattn.runtime.machine import describe_machine
-from vlattn.runtime.timing import Spread, interleave, keep_freed_memory
+from vlattn.runtime.timing import interleave, keep_freed_memory
 
 FULL_DEPTH = 32
 
@@ -107,12 +106,12 @@ def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str,
     for stage, arms in stages.items():
         repeats = args.repeats if stage == "prefill" else args.decode_repeats
         times = interleave(arms, repeats, args.warmup)
-        found[stage] = {"vanilla_milliseconds": _milliseconds(times["vanilla"].seconds)}
+        found[stage] = {"vanilla_milliseconds": times["vanilla"].seconds.milliseconds()}
         for name in models:
             if name == "vanilla":
                 continue
             ratio, target = times[name].over(times["vanilla"]), TARGETS[stage].get(name)
-            found[stage][name] = {**_rounded(ratio), "target": target, "met": target is None or ratio.median <= target}
+            found[stage][name] = {**ratio.rounded(), "target": target, "met": target is None or ratio.median <= target}
             console.print(f"batch {batch} {stage} {name}: {ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})")
     with torch.inference_mode():
         above = {
@@ -135,19 +134,6 @@ def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str,
     for handle in handles:
         handle.detach()
     return found
-
-
-def _rounded(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median, 4), "lower": round(s.lower, 4), "upper": round(s.upper, 4), "n": s.n}
-
-
-def _milliseconds(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median * 1e3, 2), "lower": round(s.lower * 1e3, 2), "upper": round(s.upper * 1e3, 2)}
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """JSON with each list of numbers on one line."""
-    return re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(found, indent=1)) + "\n"
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

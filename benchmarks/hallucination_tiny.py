@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from vlattn.assets.paths import tiny_coco
+from vlattn.config_file import file_name
 from vlattn.eval.arms import Arms
 from vlattn.eval.items import chair_items, choose_images, pope_items
 from vlattn.eval.ordinary import compare_ordinary, ordinary_items, score_ordinary
@@ -71,7 +71,7 @@ class Part(Arms):
 
     def run(self, setting: str, console: Console) -> dict[str, Any]:
         """Every answer under a setting, and its scores."""
-        file = re.sub(r"[^\w.-]+", "_", setting.replace("=", "-"))
+        file = file_name(setting)
         console.print(f"{self.out.name}: {setting}")
         self.answer(setting, file, setting, lambda what, n: None)
         run_items(

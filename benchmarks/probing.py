@@ -32,7 +32,7 @@ from vlattn.probing.head_bank import HeadBank
 from vlattn.probing.poolers.registry import POOLERS, make_pooler
 from vlattn.probing.settings import ProbeSettings
 from vlattn.runtime.machine import describe_machine
-from vlattn.runtime.timing import Spread, interleave, keep_freed_memory
+from vlattn.runtime.timing import interleave, keep_freed_memory
 
 TARGETS = {"mha": 18.0, "direct": 8.0, "bank": 2.0}
 CLASSES = 1000
@@ -103,9 +103,13 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     times = interleave(arms, args.repeats, args.warmup)
     for other in ("mha", "direct"):
         ratio = times[other].over(times["ep"])
-        found[f"{other}_over_ep"] = {**_rounded(ratio), "target": TARGETS[other], "met": ratio.median >= TARGETS[other]}
+        found[f"{other}_over_ep"] = {
+            **ratio.rounded(3),
+            "target": TARGETS[other],
+            "met": ratio.median >= TARGETS[other],
+        }
         console.print(f"{other} over EP: {ratio.median:.1f} ({ratio.lower:.1f}-{ratio.upper:.1f})")
-    found["milliseconds"] = {name: _milliseconds(t.seconds) for name, t in times.items()}
+    found["milliseconds"] = {name: t.seconds.milliseconds(3) for name, t in times.items()}
     found["poolers"] = poolers(args, tokens, ready, side, console)
     found["bank"] = banks(args, tokens, ready, console)
     return found
@@ -127,8 +131,8 @@ def poolers(args: argparse.Namespace, tokens: torch.Tensor, ready: Any, side: in
         times = interleave(arms, max(3, args.repeats // 3), 1)
         ratio = times[name].over(times["ep"])
         found[name] = {
-            "over_ep": _rounded(ratio),
-            "milliseconds": _milliseconds(times[name].seconds),
+            "over_ep": ratio.rounded(3),
+            "milliseconds": times[name].seconds.milliseconds(3),
             "parameters": sum(p.numel() for p in pooler.parameters()),
             "macs": pooler.macs(args.tokens),
         }
@@ -146,17 +150,9 @@ def banks(args: argparse.Namespace, tokens: torch.Tensor, ready: Any, console: C
             arms[str(copies)] = training_step(ready(HeadBank(head, copies)), tokens, labels, copies)
         times = interleave(arms, args.repeats, args.warmup)
         ratio = times["8"].over(times["1"])
-        found[name] = {**_rounded(ratio), "target": TARGETS["bank"], "met": ratio.median <= TARGETS["bank"]}
+        found[name] = {**ratio.rounded(3), "target": TARGETS["bank"], "met": ratio.median <= TARGETS["bank"]}
         console.print(f"8 heads of {name} over one: {ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})")
     return found
-
-
-def _rounded(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median, 3), "lower": round(s.lower, 3), "upper": round(s.upper, 3), "n": s.n}
-
-
-def _milliseconds(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median * 1e3, 3), "lower": round(s.lower * 1e3, 3), "upper": round(s.upper * 1e3, 3)}
 
 
 def report(console: Console, found: dict[str, Any]) -> None:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,8 +45,9 @@ from vlattn.eval.model_cost import measured_parts
 from vlattn.interventions.base import attach
 from vlattn.interventions.registry import parse_method
 from vlattn.models.registry import adapter_for
+from vlattn.runtime.compact_json import as_text
 from vlattn.runtime.machine import describe_machine
-from vlattn.runtime.timing import Spread, interleave, keep_freed_memory
+from vlattn.runtime.timing import interleave, keep_freed_memory
 
 TARGET, GATES_TARGET = 1.05, 1.02
 SHAPES = {"llava-1.5-7b": 64, "llava-next-7b": 160}
@@ -184,11 +184,11 @@ def measure(
             "decoder_lengths": lengths.decoder,
             "tower_lengths": [n[0] for n in lengths.tower],
             "flops_ratio": round(parts.total / full, 4),
-            "over_bound": _rounded(ratio),
+            "over_bound": ratio.rounded(),
             "target": TARGET,
             "met": ratio.median <= TARGET,
             "attention": implementation,
-            "milliseconds": {arm: _milliseconds(t.seconds) for arm, t in times.items()},
+            "milliseconds": {arm: t.seconds.milliseconds() for arm, t in times.items()},
             "time_ratio": round(times["method"].seconds.median / vanilla.seconds.median, 4),
         }
         done(name, row)
@@ -196,7 +196,7 @@ def measure(
             f"{shape} {name}: {ratio.median:.3f} of the bound ({ratio.lower:.3f}-{ratio.upper:.3f}), "
             f"FLOPs {parts.total / full:.3f} of vanilla"
         )
-    return {"vanilla_milliseconds": _milliseconds(vanilla.seconds), "lengths": seen.decoder}
+    return {"vanilla_milliseconds": vanilla.seconds.milliseconds(), "lengths": seen.decoder}
 
 
 def _projector_rows(model: Any, inputs: dict[str, Any]) -> int:
@@ -231,24 +231,10 @@ def gates(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     ratio = times["gates"].over(times["vanilla"])
     return {
         "gate_hidden": args.gate_hidden,
-        "over_vanilla": _rounded(ratio),
+        "over_vanilla": ratio.rounded(),
         "target": GATES_TARGET,
         "met": ratio.median <= GATES_TARGET,
     }
-
-
-def _rounded(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median, 4), "lower": round(s.lower, 4), "upper": round(s.upper, 4), "n": s.n}
-
-
-def _milliseconds(s: Spread) -> dict[str, float]:
-    return {"median": round(s.median * 1e3, 2), "lower": round(s.lower * 1e3, 2), "upper": round(s.upper * 1e3, 2)}
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """JSON with each list of numbers on one line."""
-    text = json.dumps(found, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
 
 
 def report(console: Console, found: dict[str, Any]) -> None:

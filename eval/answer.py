@@ -15,6 +15,7 @@ from vlattn.errors import InputError
 from vlattn.eval.items import Item
 from vlattn.eval.records import Record, RecordWriter
 from vlattn.eval.report import versions
+from vlattn.image_file import read_rgb
 from vlattn.runtime.machine import describe_run
 
 if TYPE_CHECKING:
@@ -41,11 +42,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def read_image(path: Path) -> Image.Image:
     """An RGB image, or an InputError that names the file and what is wrong with it."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"is no readable image ({error})"
-        raise InputError(f"images: {path} {reason}; restore it, or go on without it with --on-error skip") from None
+    return read_rgb(path, "images:", "go on without it with --on-error skip")
 
 
 def chat_prompt(processor: ProcessorMixin, text: str) -> str:

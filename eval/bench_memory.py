@@ -41,7 +41,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> dict[str, A
 
 
 def _cpu_peak(call: Callable[[], object]) -> dict[str, Any]:
-    """What torch's allocator held before and at most, by the events that the profiler records."""
+    """The most that torch's allocator held above what it began with, by the events that the profiler records."""
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from vlattn.assets.paths import TinyCoco, tiny_coco
+from vlattn.config_file import file_name, read_config
 from vlattn.errors import InputError
 from vlattn.interventions.registry import parse_method
 
@@ -27,8 +24,8 @@ class SweepArm:
 
     @property
     def file(self) -> str:
-        """A name for files: `flowcut:keep=36,count=per_image` is `flowcut_keep-36_count-per_image`."""
-        return re.sub(r"[^\w.-]+", "_", self.setting.replace("=", "-"))
+        """Its name for files."""
+        return file_name(self.setting)
 
 
 VANILLA = SweepArm("vanilla", "vanilla")
@@ -85,21 +82,7 @@ class SweepConfig:
         Raises:
             InputError: no such file, no YAML, keys that are unknown or missing, or values that cannot be.
         """
-        shown = f"config={str(path)!r}"
-        try:
-            data = yaml.safe_load(_text(path))
-        except OSError as error:
-            raise InputError(f"{shown} cannot be read ({error.strerror}); give a YAML file, or sweep_tiny") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise InputError(f"{shown} is not YAML; see configs/sweep_tiny.yaml for one") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{shown} holds no keys; see configs/sweep_tiny.yaml for one")
-        known = {field.name for field in fields(cls)}
-        for odd in sorted(map(str, data.keys() - known)):
-            raise InputError(f"{shown} has the unknown key {odd!r}; known: {', '.join(sorted(known))}")
-        for missing in (f.name for f in fields(cls) if f.default is MISSING and f.name not in data):
-            raise InputError(f"{shown} lacks the key {missing!r}; see configs/sweep_tiny.yaml for one")
-        return cls(**data)
+        return cls(**read_config(cls, path, "sweep_tiny"))
 
     @property
     def arms(self) -> list[SweepArm]:
@@ -121,14 +104,6 @@ class SweepConfig:
         if not found.images.is_dir():
             raise InputError(f"data: {found.images} is not a folder; give the folder that holds the image files")
         return found
-
-
-def _text(path: str | Path) -> str:
-    given = Path(path)
-    shipped = files("vlattn.configs") / f"{given.stem}.yaml"
-    if given.name == given.stem and not given.exists() and shipped.is_file():
-        return shipped.read_text(encoding="utf-8")
-    return given.read_text(encoding="utf-8")
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -16,6 +16,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def softmax_over(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """softmax over the keys in `seen` (bool, broadcast to the logits); 0, not NaN, in a row that may attend to none."""
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+
+
 def query_row_attention(
     q: torch.Tensor, k: torch.Tensor, scale: float, key_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -30,9 +35,7 @@ def query_row_attention(
     logits = logits.view(batch, heads, rows, k.shape[2])  # [B, H, R, N]
     if key_mask is None:
         return logits.softmax(-1)
-    seen = key_mask[:, None] if key_mask.ndim == 3 else key_mask[:, None, None]  # [B, 1, R or 1, N]
-    # Filled again after the softmax, so that a row that may attend to nothing is 0 instead of NaN.
-    return logits.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    return softmax_over(logits, key_mask[:, None] if key_mask.ndim == 3 else key_mask[:, None, None])
 
 
 def received_attention(
@@ -68,10 +71,7 @@ def received_attention(
             seen = None if key_mask is None else key_mask[prompt[here], None, None, :end]
             if causal:
                 seen = past if seen is None else seen & past
-            if seen is None:
-                weights = weights.softmax(-1)
-            else:  # filled again, so that a row that may attend to nothing is 0 instead of NaN
-                weights = weights.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+            weights = weights.softmax(-1) if seen is None else softmax_over(weights, seen)
             if query_mask is not None:
                 weights = weights.masked_fill(~query_mask[prompt[here], None, start:stop, None], 0)
             total[here, :, :end] += weights.sum(2)

@@ -6,7 +6,7 @@ from vlattn.errors import InputError
 
 
 def parse_layers(text: str | None) -> list[int] | None:
-    """ "2,3,4" as numbers; None for None.
+    """Layer indices written as "2,3,4"; None for None.
 
     Raises:
         InputError: anything else.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.resources import files
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from vlattn import config_file
 from vlattn.checks import require_choice, require_count
 from vlattn.errors import InputError
 from vlattn.probing.poolers.registry import parse_pooler
@@ -99,21 +96,7 @@ class ProbeSweepConfig:
         Raises:
             InputError: no such file, no YAML, keys that are unknown or missing, or values that cannot be.
         """
-        shown = f"config={str(path)!r}"
-        try:
-            data = yaml.safe_load(_text(path))
-        except OSError as error:
-            raise InputError(f"{shown} cannot be read ({error.strerror}); give a YAML file, or probe_digits") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise InputError(f"{shown} is not YAML; see configs/probe_digits.yaml for one") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{shown} holds no keys; see configs/probe_digits.yaml for one")
-        known = {field.name for field in fields(cls)}
-        for odd in sorted(map(str, data.keys() - known)):
-            raise InputError(f"{shown} has the unknown key {odd!r}; known: {', '.join(sorted(known))}")
-        for missing in (f.name for f in fields(cls) if f.default is MISSING and f.name not in data):
-            raise InputError(f"{shown} lacks the key {missing!r}; see configs/probe_digits.yaml for one")
-        return cls(**data)
+        return cls(**config_file.read_config(cls, path, "probe_digits"))
 
     @property
     def all_subjects(self) -> list[ProbeSubject]:
@@ -145,13 +128,5 @@ class ProbeSweepConfig:
 
 
 def file_name(text: str) -> str:
-    """A name for files: `ep:queries=32,d=2` is `ep_queries-32_d-2`."""
-    return re.sub(r"[^\w.-]+", "_", text.replace("=", "-")).strip("_.")
-
-
-def _text(path: str | Path) -> str:
-    given = Path(path)
-    shipped = files("vlattn.configs") / f"{given.stem}.yaml"
-    if given.name == given.stem and not given.exists() and shipped.is_file():
-        return shipped.read_text(encoding="utf-8")
-    return given.read_text(encoding="utf-8")
+    """A name for files and folders: `ep:queries=32,d=2` is `ep_queries-32_d-2`."""
+    return config_file.file_name(text).strip("_.")

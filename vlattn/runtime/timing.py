@@ -34,6 +34,17 @@ class Spread:
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, lower, upper, len(values))
 
+    def rounded(self, digits: int = 4) -> dict[str, float]:
+        """As results keep it."""
+        return {**self._quartiles(1, digits), "n": self.n}
+
+    def milliseconds(self, digits: int = 2) -> dict[str, float]:
+        """Of seconds: median and quartiles in thousandths, as results keep them."""
+        return self._quartiles(1e3, digits)
+
+    def _quartiles(self, factor: float, digits: int) -> dict[str, float]:
+        return {name: round(getattr(self, name) * factor, digits) for name in ("median", "lower", "upper")}
+
 
 @dataclass(frozen=True)
 class Timing:

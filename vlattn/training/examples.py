@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vlattn.errors import InputError
+from vlattn.image_file import read_rgb
 
 TINY = "tiny:val"
 
@@ -66,8 +67,4 @@ def _example(line: str, where: str, folder: Path) -> Example:
 
 def open_image(path: Path) -> Image.Image:
     """An RGB image, or an InputError that names the file."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"is no readable image ({error})"
-        raise InputError(f"data: the image {path} {reason}; restore it, or take its lines out") from None
+    return read_rgb(path, "data: the image", "take its lines out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn.errors import InputError
+from vlattn.viz import figure_files
 from vlattn.viz.page_numbers import finite, look, whole
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4FB5", "#8C510A")
@@ -87,21 +88,14 @@ def draw_pareto(results: Mapping[str, Any], out: Path, budget: str | None = None
     budget = budget or str(results["budget"])
     if budget not in results["budgets"]:
         raise InputError(f"budget: got {budget!r}; give {', '.join(results['budgets'])}")
-    style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    # Text stays text, and equal results give equal files.
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "vlattn"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(figure_files.style(11)):
         looks = styles(results)
         figure = Figure(figsize=(12, 5.6 + 0.28 * (len(looks) // PER_ROW)), layout="constrained")
         FigureCanvasAgg(figure)
         for panel, axes in zip(PANELS, figure.subplots(1, len(PANELS)), strict=True):
             _draw(axes, panel, results, looks, budget)
         _caption(figure, results, looks)
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / "pareto.png", out / "pareto.svg"]
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+        return figure_files.save(figure, out, "pareto", dpi=160)
 
 
 def lines(results: Mapping[str, Any], panel: Panel, budget: str) -> dict[str, list[Point]]:

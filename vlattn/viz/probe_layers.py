@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlattn.viz import figure_files
 from vlattn.viz.pareto import COLOURS, DASHES, MARKERS, require_matplotlib
 
 
@@ -25,9 +26,7 @@ def draw_probe_layers(results: Mapping[str, Any], out: Path) -> list[Path]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "vlattn"}  # text stays text, equal results give equal files
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(figure_files.style()):
         figure = Figure(figsize=(8, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -54,8 +53,4 @@ def draw_probe_layers(results: Mapping[str, Any], out: Path) -> list[Path]:
         axes.set_title(f"{results['backbone']['name']} on {results['data']}", loc="left", fontweight="bold")
         axes.grid(axis="y", color="#000000", alpha=0.1, linewidth=0.8)
         axes.legend(frameon=False)
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / "layers.png", out / "layers.svg"]
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+        return figure_files.save(figure, out, "layers")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlattn.viz import figure_files
 from vlattn.viz.pareto import require_matplotlib
 
 KINDS = {
@@ -39,9 +40,7 @@ def draw_probe_pareto(subject: Mapping[str, Any], out: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "vlattn"}  # text stays text, equal results give equal files
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(figure_files.style()):
         figure = Figure(figsize=(15, 7.5), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
@@ -60,11 +59,7 @@ def draw_probe_pareto(subject: Mapping[str, Any], out: Path) -> list[Path]:
             xs = [arm[costs] if costs == "parameters" else arm[costs]["median"] for arm in arms]
             ys = [arm["value"]["mean"] for arm in arms]
             place_labels(axes, xs, ys, [arm["pooler"] for arm in arms], _bars(arms, xs, costs))
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / "pareto.png", out / "pareto.svg"]
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+        return figure_files.save(figure, out, "pareto")
 
 
 def kind_of(pooler: str) -> str:

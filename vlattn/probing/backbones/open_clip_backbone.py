@@ -50,7 +50,7 @@ class OpenClipBackbone(BlockBackbone):
         visual: Any,
         *,
         name: str,
-        images: ImageSettings | None = None,
+        images: ImageSettings,
         layer: int | None = None,
         final_norm: FinalNorm = "auto",
     ) -> None:
@@ -61,7 +61,7 @@ class OpenClipBackbone(BlockBackbone):
             norm=None if self._attentional else visual.ln_post,
             cls=1,
             name=name,
-            images=images or _images(visual),
+            images=images,
             layer=layer,
             final_norm=final_norm,
         )
@@ -104,17 +104,6 @@ class OpenClipTimmBackbone(TimmBackbone):
 
     library = "open_clip"
 
-    def __init__(
-        self,
-        visual: Any,
-        *,
-        name: str,
-        images: ImageSettings | None = None,
-        layer: int | None = None,
-        final_norm: FinalNorm = "auto",
-    ) -> None:
-        super().__init__(visual, name=name, images=images or _images(visual), layer=layer, final_norm=final_norm)
-
     @property
     def _trunk(self) -> Any:
         return self.module.trunk
@@ -140,17 +129,9 @@ class OpenClipResNet(Backbone):
 
     library = "open_clip"
 
-    def __init__(
-        self,
-        visual: Any,
-        *,
-        name: str,
-        images: ImageSettings | None = None,
-        layer: int | None = None,
-        final_norm: FinalNorm = "auto",
-    ) -> None:
-        self._stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
-        super().__init__(visual, name=name, images=images or _images(visual), layer=layer, final_norm=final_norm)
+    @property
+    def _stages(self) -> list[nn.Module]:
+        return [self.module.layer1, self.module.layer2, self.module.layer3, self.module.layer4]
 
     @property
     def depth(self) -> int:
@@ -176,12 +157,9 @@ class OpenClipResNet(Backbone):
 def open_clip_backbone(model: Any, **settings: Any) -> Backbone:
     """The backbone of an open_clip model, or of its visual tower; settings as those of its class."""
     visual = getattr(model, "visual", model)
-    if hasattr(visual, "trunk"):
-        return OpenClipTimmBackbone(visual, **settings)
-    if hasattr(visual, "transformer"):
-        return OpenClipBackbone(visual, **settings)
-    if hasattr(visual, "layer4"):
-        return OpenClipResNet(visual, **settings)
+    for part, kind in (("trunk", OpenClipTimmBackbone), ("transformer", OpenClipBackbone), ("layer4", OpenClipResNet)):
+        if hasattr(visual, part):
+            return kind(visual, images=_images(visual), **settings)
     raise InputError(
         f"what: {type(visual).__name__} is no visual tower of open_clip that is known; give a ViT, timm or ResNet one"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -88,16 +87,6 @@ class LabeledImages(Dataset[tuple[Any, torch.Tensor]]):
             digest.update("\0".join([str(len(texts)), *texts]).encode(errors="surrogateescape"))
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
-
-
-def open_rgb(path: str | Path) -> Image.Image:
-    """The RGB image in a file, or an InputError that names the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"is no readable image ({error})"
-        raise InputError(f"image: {path} {reason}; restore it, or take it out of the data set") from None
 
 
 def choose_classes(found: Iterable[str], given: Sequence[str] | None, where: str) -> list[str]:

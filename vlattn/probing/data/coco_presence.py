@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 
 from vlattn.assets.paths import tiny_coco
 from vlattn.errors import InputError
-from vlattn.probing.data.base import LabeledImages, Transform, open_rgb, presence
+from vlattn.image_file import read_rgb
+from vlattn.probing.data.base import LabeledImages, Transform, presence
 
 Part = Literal["train", "val"]
 
@@ -61,7 +62,7 @@ def coco_presence(
     files = [coco.imgs[one]["file_name"] for one in ids]
     return LabeledImages(
         [str(Path(images, file)) for file in files],
-        open_rgb,
+        read_rgb,
         names=files,
         labels=presence(found, len(column)),
         classes=[coco.cats[category]["name"] for category in column],

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from vlattn.errors import InputError
-from vlattn.probing.data.base import LabeledImages, Transform, choose_classes, open_rgb, presence
+from vlattn.image_file import read_rgb
+from vlattn.probing.data.base import LabeledImages, Transform, choose_classes, presence
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def csv_manifest(
     indices = [[index[name] for name in labels[row.line]] for row in chosen]
     return LabeledImages(
         [str(folder / row.path) for row in chosen],
-        open_rgb,
+        read_rgb,
         names=[row.path for row in chosen],
         labels=presence(indices, len(known)) if multi_label else torch.tensor([one for (one,) in indices]),
         classes=known,

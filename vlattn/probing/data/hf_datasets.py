@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from vlattn.errors import InputError
-from vlattn.probing.data.base import LabeledImages, Transform, choose_classes, open_rgb, presence
+from vlattn.image_file import read_rgb
+from vlattn.probing.data.base import LabeledImages, Transform, choose_classes, presence
 
 
 def from_hf_datasets(
@@ -97,7 +98,7 @@ class ImageColumn:
                 f"image: row {row} of the column {self.column!r} holds {type(value).__name__}, not an image; name the "
                 "column of images"
             )
-        return open_rgb(path)
+        return read_rgb(path)
 
 
 def _kind(feature: Any) -> str:

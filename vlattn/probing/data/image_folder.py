@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from vlattn.errors import InputError
-from vlattn.probing.data.base import LabeledImages, Transform, choose_classes, open_rgb
+from vlattn.image_file import read_rgb
+from vlattn.probing.data.base import LabeledImages, Transform, choose_classes
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -52,7 +53,7 @@ def image_folder(
         labels += [index[folder]] * len(inside)
     return LabeledImages(
         [str(root / name) for name in names],
-        open_rgb,
+        read_rgb,
         names=names,
         labels=torch.tensor(labels),
         classes=known,
