@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def style(size: int = 10) -> dict[str, Any]:
+def style(size: int = 10) -> dict[Any, Any]:
     """matplotlib settings: text in an SVG stays text, and equal results give equal files. size: of the font."""
     bare = {"axes.spines.top": False, "axes.spines.right": False}
     return {"font.size": size, **bare, "svg.fonttype": "none", "svg.hashsalt": "vlattn"}
