@@ -6,6 +6,7 @@ import torch
 
 from vlattn.errors import InputError
 from vlattn.kernels import reference
+from vlattn.op_checks import check_heads, check_mask
 
 
 def query_row_attention(
@@ -23,8 +24,8 @@ def query_row_attention(
     Returns:
         Weights [B, H, R, N], fp32 for half-precision inputs, the input's dtype otherwise. O(B H R N D) multiply-adds.
     """
-    _check_heads(q, k)
-    _check_mask("key_mask", key_mask, (q.shape[0], k.shape[2]), (q.shape[0], q.shape[2], k.shape[2]))
+    check_heads(q, k)
+    check_mask("key_mask", key_mask, (q.shape[0], k.shape[2]), (q.shape[0], q.shape[2], k.shape[2]))
     return reference.query_row_attention(q, k, scale, key_mask)
 
 
@@ -51,9 +52,9 @@ def received_attention(
         Sums [B, H, N], not divided by the number of queries; fp32 for half-precision inputs, the input's dtype
         otherwise. O(B H R N D) multiply-adds, O(B H N) memory for each of a fixed number of rows.
     """
-    _check_heads(q, k)
-    _check_mask("key_mask", key_mask, (q.shape[0], k.shape[2]))
-    _check_mask("query_mask", query_mask, (q.shape[0], q.shape[2]))
+    check_heads(q, k)
+    check_mask("key_mask", key_mask, (q.shape[0], k.shape[2]))
+    check_mask("query_mask", query_mask, (q.shape[0], q.shape[2]))
     if causal and q.shape[2] > k.shape[2]:
         raise InputError(
             f"causal: {q.shape[2]} queries but only {k.shape[2]} keys; give the keys of every query, or causal=False"
@@ -75,20 +76,3 @@ def select_tokens(score: torch.Tensor, k: int, *tensors: torch.Tensor) -> tuple[
     if score.ndim != 2 or not 1 <= k <= score.shape[1]:
         raise InputError(f"k: got {k} for scores of shape {tuple(score.shape)}; give 1 <= k <= N")
     return reference.select_tokens(score, k, *tensors)
-
-
-def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise InputError(
-            f"q and k: expected [B, H, R, D] and [B, Hkv, N, D], got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise InputError(f"k: its {k.shape[1]} heads do not divide the {q.shape[1]} of q; give one per group of q's")
-    if q.dtype != k.dtype:
-        raise InputError(f"q and k: {q.dtype} against {k.dtype}; give both in one dtype")
-
-
-def _check_mask(name: str, mask: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in shapes):
-        expected = " or ".join(map(str, shapes))
-        raise InputError(f"{name}: got {mask.dtype} {tuple(mask.shape)}; give bool {expected}, True where it counts")
