@@ -183,6 +183,9 @@ class _InformedVisual(Boost):
             self._heads.pop(call.layer, None)
         return super().rows(call)
 
+    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
+        return None if self._method.head_weights else super().bias(call, scaling)
+
     def head_weights(self, call: AttentionCall, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor | None:
         if self._method.head_weights is None:
             return None

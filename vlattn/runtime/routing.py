@@ -65,6 +65,11 @@ class AttentionEdit(Protocol):
         """New weights [B, H, R, K] (fp32) and which rows changed (bool [B, H, R]); None for none."""
         ...
 
+    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
+        """All that the edit does to all query rows of a decode step, as what is added to their scaled logits
+        [B, H, Q, K]; None where it does nothing, cannot be said so, or would not be cheaper. Asked before `rows`."""
+        ...
+
 
 class Plain:
     """Defaults for edits that act on logits or weights alone."""
@@ -74,6 +79,9 @@ class Plain:
 
     def weights(self, call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return weights, None
+
+    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
+        return None
 
 
 # The edits of every attention module that has some; the registered functions look here.
@@ -94,6 +102,7 @@ class AttentionEdits:
         self._edits: dict[int, list[AttentionEdit]] = {}
         self._before: str | None = None
         self._masks: tuple[Any, tuple[int, int], torch.Tensor, torch.Tensor] | None = None
+        self._known_keys: tuple[Any, torch.Tensor, tuple[int, int | None], torch.Tensor] | None = None
 
     def add(self, layers: list[int], edit: AttentionEdit, hooks: HookSet) -> None:
         """Have `edit` act on `layers` until `hooks` are removed."""
@@ -122,6 +131,22 @@ class AttentionEdits:
         self._before = config._attn_implementation
         config._attn_implementation = register(self._before or "eager")
 
+    def as_mask(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """The mask [B, H, Q, K] under which the base attention does what all edits of a layer do; None where there is
+        none, as at a prefill, whose other rows stay as they are."""
+        if self._gate.closed or self._cuts.prefill or kwargs.get("softcap") is not None:
+            return None
+        edits = self._edits[layer]
+        # A second edit would have to see the logits of the first.
+        call = self._call(layer, query, key, value) if len(edits) == 1 else None
+        added = None if call is None else edits[0].bias(call, kwargs.get("scaling"))
+        if call is None or added is None:
+            return None
+        allowed = self._allowed_keys(mask, call.alive, query.shape[2], kwargs.get("sliding_window"))
+        return added.masked_fill(~allowed, torch.finfo(added.dtype).min)
+
     def edit(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -136,7 +161,7 @@ class AttentionEdits:
         most = max(wanted)
         if not most:
             return None
-        allowed = allowed_keys(mask, call.alive, most, kwargs.get("sliding_window"))
+        allowed = self._allowed_keys(mask, call.alive, most, kwargs.get("sliding_window"))
         logits = scaled_logits(query[:, :, -most:], key, kwargs.get("scaling"))
         cap = kwargs.get("softcap")
         if cap is not None:
@@ -159,6 +184,14 @@ class AttentionEdits:
             return None
         output = weighted_values(weights, value)
         return output.transpose(1, 2).to(query.dtype), touched.transpose(1, 2), weights
+
+    def _allowed_keys(self, mask: Any, alive: torch.Tensor, rows: int, window: int | None) -> torch.Tensor:
+        """`allowed_keys`, once for all layers that are given one mask over one set of keys."""
+        asked = (rows, window)
+        known = self._known_keys
+        if known is None or known[0] is not mask or known[1] is not alive or known[2] != asked:
+            self._known_keys = known = (mask, alive, asked, allowed_keys(mask, alive, rows, window))
+        return known[3]
 
     def _call(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionCall | None:
         now = self._cuts.at(layer)
@@ -205,6 +238,10 @@ def _routed(base: str) -> Callable[..., Any]:
     ) -> Any:
         function = _base(module, base)
         route = _ROUTES.get(module)
+        if route is not None and base == "sdpa":
+            masked = route.owner.as_mask(route.layer, query, key, value, mask, **kwargs)
+            if masked is not None:
+                return function(module, query, key, value, masked, **kwargs)
         edited = None if route is None else route.owner.edit(route.layer, query, key, value, mask, **kwargs)
         if edited is not None and base != "eager" and edited[1].shape[1] == query.shape[2] and bool(edited[1].all()):
             return edited[0], None  # every row of every head is replaced, as in most decode steps
