@@ -107,8 +107,8 @@ def bound(model: Any, inputs: dict[str, Any], seen: LayerLengths, rows: int) -> 
 
     def run() -> object:
         tower.pre_layrnorm(tower.embeddings(pixels))
-        for layer, hidden in vision:
-            layer(hidden, None)
+        # All hidden states of the tower are kept, as stock LLaVA asks for them.
+        states = [layer(hidden, None) for layer, hidden in vision]
         adapter.projector(features)
         decoder.get_input_embeddings()(inputs["input_ids"])
         tables: dict[int, Any] = {}
@@ -120,7 +120,7 @@ def bound(model: Any, inputs: dict[str, Any], seen: LayerLengths, rows: int) -> 
             cache = _KeyStore()
             layer(hidden, position_embeddings=tables[n], position_ids=ids, **{_cache_name(layer): cache})
             kept.append(cache)
-        return model.lm_head(decoder.norm(steps[-1][1])[:, -1:]), kept
+        return model.lm_head(decoder.norm(steps[-1][1])[:, -1:]), kept, states
 
     return run
 

@@ -34,7 +34,7 @@ def uses_triton(tensor: torch.Tensor, backend: Backend | None) -> bool:
         raise InputError("backend: 'triton' is not installed here; install it, or give 'reference'")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
-            f"backend: 'triton' cannot run on {tensor.device}; move the tensors to a GPU, set TRITON_INTERPRET=1 before "
-            "the start to interpret kernels on a CPU, or give 'reference'"
+            f"backend: 'triton' cannot run on {tensor.device}; move the tensors to a GPU, or give 'reference', or set "
+            "TRITON_INTERPRET=1 before the start, which interprets kernels on a CPU"
         )
     return True

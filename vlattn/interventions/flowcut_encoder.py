@@ -84,6 +84,8 @@ class EncoderFlow:
                 return None
             chosen = self._prune(self.flow, attention, remaining)
             self.trace.kept_by_layer[index] = padded(self.flow.ids, self.flow.alive)
+            if chosen.shape[1] == patches:
+                return None  # all of them, in their order
             rows = hidden[:, self.lead :].gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
             short = torch.cat([hidden[:, : self.lead], rows], 1)
             return (short, *output[1:]) if isinstance(output, tuple) else short
