@@ -18,7 +18,7 @@ from vlattn.errors import InputError
 from vlattn.probing.poolers.abmil import ABMILPool
 from vlattn.probing.poolers.acmil import ACMIL, ACMILPool
 from vlattn.probing.poolers.acmil_loss import acmil_loss
-from vlattn.probing.poolers.acmil_mha import ACMILMHAPool, MHABagPool
+from vlattn.probing.poolers.acmil_mha import ACMILMHAPool, MHABagPool, OwnDropout
 from vlattn.probing.poolers.bag import MaxBagPool, MeanBagPool
 
 DIM = 24
@@ -222,12 +222,10 @@ def test_macs_are_those_that_torch_counts(mha: bool) -> None:
         assert whole.macs(12) == 12 * (DIM * 16 + 2 * 16 * 8 + 8 * 5 + 5 * 16) + 6 * 16 * 3
 
 
-@pytest.mark.parametrize("name", ["abmil", "plain", "max", "mha"])
-def test_macs_of_baselines_are_those_that_torch_counts(name: str) -> None:
-    pooler = bag(name)
-    with FlopCounterMode(display=False) as counter:
-        pooler(draw(1, 12, DIM))
-    assert counter.get_total_flops() == 2 * pooler.macs(12)
+def test_a_prediction_needs_one_weighted_sum_and_training_one_for_each_branch() -> None:
+    pooler = ACMILPool(768)
+    assert pooler.branch_macs(196) - pooler.macs(196) == 4 * 196 * 384
+    assert pooler.macs(196) - ABMILPool(768).macs(196) == 4 * 196 * 128  # scores of four more branches
 
 
 # Bags.
@@ -494,11 +492,36 @@ def test_stkim_trains_stacked_heads_with_the_draws_of_single_ones() -> None:
         ({"hidden": 0}, "hidden: got 0"),
         ({"d_inner": 0}, "d_inner: got 0"),
         ({"seed": -1}, "seed: got -1"),
+        ({"w_branch": -1}, "w_branch: got -1; give a number of at least 0"),
+        ({"w_div": "much"}, "w_div: got 'much'"),
+        ({"share_branch_classifier": 1}, "share_branch_classifier: got 1; give True or False"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         ACMILPool(DIM, **settings)
+
+
+def test_dropout_draws_from_the_poolers_own_generator() -> None:
+    tokens = draw(2, 12, DIM)
+
+    def twice(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        pooler = MHABagPool(DIM, d_inner=16, dropout=0.5, seed=seed).double().train()
+        return pooler(tokens), pooler(tokens)
+
+    (first, second), again = twice(0), twice(0)
+    assert torch.equal(first, again[0])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, twice(1)[0])
+    before = torch.get_rng_state()
+    OwnDropout(0.5, 0)(tokens)
+    assert torch.equal(torch.get_rng_state(), before)
+    out = OwnDropout(0.25, 3)(torch.ones(100_000))
+    assert set(out.tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
+    assert float(out.mean()) == pytest.approx(1, abs=0.01)
+    with pytest.raises(InputError, match=r"dropout: got 1\.0; give a number from 0 to"):
+        MHABagPool(DIM, d_inner=16, dropout=1.0)
 
 
 def test_heads_have_to_divide_the_inner_width() -> None:

@@ -453,6 +453,35 @@ def test_opening_checks_what_it_is_given(tmp_path: Path) -> None:
         TokenCache.open(tmp_path / "none")
 
 
+def test_image_files_that_changed_size_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    def images() -> Images:
+        found = Images()
+        found.file_sizes = lambda: size  # type: ignore[attr-defined]
+        return found
+
+    size = "one"
+    write(tmp_path, images=images())
+    assert len(write(tmp_path, images=images())) == 23
+    size = "two"
+    for look in (lambda: write(tmp_path, images=images()), lambda: TokenCache.open(tmp_path, dataset=images())):
+        with pytest.raises(InputError, match=r"dataset\.files .* other sizes than .*: remove this folder"):
+            look()
+
+
+def test_a_cache_from_before_sizes_were_noted_is_read_and_compared_by_the_rest(tmp_path: Path) -> None:
+    write(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    told = json.loads(manifest.read_text())
+    del told["settings"]["dataset"]["files"]
+    manifest.write_text(json.dumps(told))
+    images = Images()
+    images.file_sizes = lambda: "sizes"  # type: ignore[attr-defined]
+    assert len(write(tmp_path, images=images)) == 23
+    assert len(TokenCache.open(tmp_path, dataset=images)) == 23
+    with pytest.raises(InputError, match=r"dataset\.sample \(.*; give those settings, or another folder"):
+        write(tmp_path, images=Images(drawn=True))
+
+
 def test_a_run_without_rows_may_change_its_settings(tmp_path: Path) -> None:
     cut(tmp_path, rows=2)
     assert len(write(tmp_path, dtype="bfloat16", views=2)) == 23

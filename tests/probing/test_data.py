@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import os
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -641,6 +643,32 @@ def test_fingerprints_differ_by_transform_labels_names_and_number() -> None:
     relabeled.labels[7] = (relabeled.labels[7] + 1) % 10
     assert fingerprint(relabeled)["names"] != print_of["names"]
     assert fingerprint(relabeled)["sample"] == print_of["sample"]
+
+
+def test_a_fingerprint_sees_any_image_file_that_is_written_anew_and_no_copy(tmp_path: Path) -> None:
+    for number in range(9):
+        put(tmp_path / "a" / "x" / f"{number}.png", 20 * number)
+    print_of = fingerprint(image_folder(tmp_path / "a", to_tensor))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for file in (tmp_path / "b").rglob("*.png"):
+        os.utime(file, (1, 1))
+    assert fingerprint(image_folder(tmp_path / "b", to_tensor)) == print_of
+    Image.new("RGB", (12, 8), (1, 2, 3)).save(tmp_path / "b" / "x" / "2.png")  # none of the three that are decoded
+    changed = fingerprint(image_folder(tmp_path / "b", to_tensor))
+    assert {key for key in changed if changed[key] != print_of[key]} == {"files"}
+
+
+def test_file_sizes_are_none_where_images_are_no_files_and_a_lost_file_differs(tmp_path: Path) -> None:
+    assert fingerprint(digits(8, "val", to_tensor))["files"] is None
+    for number in range(3):
+        put(tmp_path / "x" / f"{number}.png", 20 * number)
+    images = image_folder(tmp_path)
+    before = images.file_sizes()
+    assert images.with_transform(to_tensor).file_sizes() == before
+    assert images.subset([0, 1]).file_sizes() != before
+    (tmp_path / "x" / "1.png").unlink()
+    assert images.with_transform(None).file_sizes() == before  # looked up once for all transforms
+    assert images.subset([0, 1, 2]).file_sizes() != before
 
 
 def test_fingerprints_of_random_transforms_repeat_with_the_seed() -> None:

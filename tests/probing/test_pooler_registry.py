@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-import vlattn.probing as probing
 from vlattn.errors import InputError
 from vlattn.probing.poolers.base import Pooler
 from vlattn.probing.poolers.ep import EP
 from vlattn.probing.poolers.registry import POOLERS, make_pooler, parse_pooler
 
-KEYS = """abmil abmilp acmil aim cae cait cbam clip cls coca dinovit dolg ep esimpool gap gem gmp lse mhca siglip
-simpool vit vjepa"""
+KEYS = """abmil abmilp acmil acmil_mha aim bag_max bag_mean bag_mha cae cait cbam clip cls coca dinovit dolg ep esimpool
+gap gem gmp lse mhca siglip simpool vit vjepa"""
 
 
 def test_every_published_pooler_has_its_key_and_is_made_with_the_defaults() -> None:
@@ -25,6 +24,11 @@ def test_every_published_pooler_has_its_key_and_is_made_with_the_defaults() -> N
         assert made.dim == 96
         assert made.width > 0
         assert cls.__doc__
+
+
+def test_a_key_is_no_other_key_with_all_behind_it() -> None:
+    """Or the short form of one would be the other's with CLS in front."""
+    assert not [name for name in POOLERS if name.removesuffix("_all") != name]
 
 
 def test_settings_reach_the_pooler() -> None:
@@ -58,6 +62,8 @@ def test_a_grid_is_passed_on_where_a_setting_needs_it() -> None:
         ("gap", "gap", {}, "patch"),
         ("gap_all", "gap", {}, "all"),
         ("simpool:gamma=1.25,beta=true", "simpool", {"gamma": 1.25, "beta": True}, "patch"),
+        ("bag_mean_all", "bag_mean", {}, "all"),
+        ("acmil:w_branch=0.5,w_div=0", "acmil", {"w_branch": 0.5, "w_div": 0}, "patch"),
         ("abmilp_all:content=patch", "abmilp", {"content": "patch"}, "all"),
     ],
 )
@@ -76,7 +82,7 @@ def test_every_key_can_be_written_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epp", "'epp' is unknown; known: abmil, abmilp, acmil, aim"),
+        ("epp", "'epp' is unknown; known: abmil, abmilp, acmil, acmil_mha, aim"),
         ("", "'' is unknown"),
         ("_all", "'' is unknown"),
         ("ep_all_all", "'ep_all' is unknown"),
@@ -108,12 +114,3 @@ def test_a_value_out_of_range_is_refused_by_the_pooler_itself() -> None:
     name, settings, _ = parse_pooler("ep:queries=7")
     with pytest.raises(InputError, match="queries: got 7, which does not divide dim / d=96"):
         make_pooler(name, 96, **settings)
-
-
-def test_the_room_offers_these_names() -> None:
-    assert probing.make_pooler is make_pooler
-    assert probing.parse_pooler is parse_pooler
-    assert probing.POOLERS is POOLERS
-    assert probing.Pooler is Pooler
-    with pytest.raises(AttributeError, match="no attribute 'EPP'"):
-        probing.EPP  # noqa: B018

@@ -94,6 +94,49 @@ def test_other_settings_in_the_same_folder_are_refused(swept: tuple[Path, dict[s
         ProbeSweep(replace(SMALL, epochs=2), swept[0], work).run()
 
 
+def test_few_shots_are_asked_for_in_the_file_and_told_with_the_results(tmp_path: Path, work: Path) -> None:
+    config = replace(SMALL, linear=["gap"], poolers=["gem"], shots=2, rates=(1e-2,))
+    results = ProbeSweep(config, tmp_path, work).run()
+    (subject,) = results["subjects"]
+    assert results["config"]["shots"] == subject["shots"] == 2
+    assert subject["images"]["train"] == 20
+    assert "weights, order and training images" in results["interval"]
+    assert "2 images of each class, 20 of 1442, with epochs to match" in subject["departures"]
+    one = load_result(tmp_path / "runs" / subject["name"] / "gem" / "seed_1")
+    assert one.settings.epochs == 5  # one update in each, as 1442 images make in batches of 256
+    assert one.batch == 20
+    with pytest.raises(InputError, match="begun with other settings"):
+        ProbeSweep(replace(config, shots=3), tmp_path, work).run()
+
+
+def test_a_configuration_without_shots_makes_the_runs_it_always_made(
+    swept: tuple[Path, dict[str, Any]], work: Path
+) -> None:
+    out, results = swept
+    kept = json.loads(next(out.glob("runs/*/gap/seed_0/result.json")).read_text())
+    assert set(kept["record"]["about"]) == {"backbone", "data", "classes", "augment", "asked"}
+    assert set(kept["record"]["about"]["asked"]) == {"backbone", "data", "val", "layer"}
+    assert results["config"]["shots"] is None
+    assert json.loads(next(out.glob("times/*.json")).read_text())["asked"].keys() == {
+        "poolers",
+        "machine",
+        "rounds",
+        "batch_size",
+    }
+
+
+def test_departures_of_one_pooler_are_told_with_its_arm_and_times_with_its_losses(tmp_path: Path, work: Path) -> None:
+    config = replace(SMALL, linear=["gap"], poolers=["acmil"], seeds=(0,))
+    (subject,) = ProbeSweep(config, tmp_path, work).run()["subjects"]
+    gap, acmil = subject["arms"]
+    assert gap["departures"] == []
+    assert any("branch" in text for text in acmil["departures"])
+    assert "optimizer adamw instead of lars" in subject["departures"]
+    assert not set(subject["departures"]) & set(acmil["departures"])
+    assert (gap["training_only"], acmil["training_only"]) == (0, 5 * 10 * 49)
+    assert json.loads(next(tmp_path.glob("times/*.json")).read_text())["asked"]["branch_losses"] == ["acmil"]
+
+
 def test_a_log_without_checkpoint_does_not_stop_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("{}\n")
     assert not begun(tmp_path)
@@ -130,9 +173,10 @@ def test_a_step_that_does_more_takes_longer_and_training_leaves_no_trace() -> No
 
 
 @pytest.mark.parametrize("name", ["probe_digits", "probe_tiny_coco"])
-def test_shipped_configurations_name_every_pooler(name: str) -> None:
+def test_shipped_configurations_name_every_pooler_but_the_baselines_of_bags(name: str) -> None:
     config = ProbeSweepConfig.read(name)
-    assert {pooler.partition(":")[0].removesuffix("_all") for pooler in config.all_poolers} == set(POOLERS)
+    named = {pooler.partition(":")[0].removesuffix("_all") for pooler in config.all_poolers}
+    assert named >= set(POOLERS) - {"acmil_mha", "bag_max", "bag_mean", "bag_mha"}
     assert list(config.seeds) == [0, 1, 2]
 
 
@@ -154,6 +198,7 @@ def test_recipes_are_the_fast_and_the_published_settings() -> None:
         ("subjects: [{backbone: a, data: b}]\npoolers: [nope]", "'nope' is unknown"),
         ("subjects: [{backbone: a, data: b}]\npoolers: [ep, ep]", "'ep' is listed twice"),
         ("subjects: [{backbone: a, data: b}]\npoolers: ep", "write a list"),
+        ("subjects: [{backbone: a, data: b}]\npoolers: [ep]\nshots: 0", "shots: got 0"),
         ("subjects: [{backbone: a, data: b}]\npoolers: [ep]\nseeds: [-1]", "seeds: got -1"),
         ("subjects: [{backbone: a, data: b}]\npoolers: [ep]\nrecipe: slow", "recipe: got 'slow'"),
         ("subjects: [{backbone: a, data: b}]\npoolers: [ep]\nrates: [0]", "give positive numbers"),

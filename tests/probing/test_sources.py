@@ -11,6 +11,7 @@ from PIL import Image
 from vlattn.errors import InputError
 from vlattn.probing.data.named import NamedData, named_data
 from vlattn.probing.named_backbone import named_backbone
+from vlattn.probing.settings import fast_settings
 from vlattn.probing.sources import TokenSources
 
 
@@ -96,3 +97,51 @@ def test_an_image_that_does_not_decode_is_named(work: Path, tmp_path: Path) -> N
     sources = make(named_data(str(tmp_path / "set")), work, tmp_path / "tokens")
     with pytest.raises(InputError, match=r"0\.png is no readable image"):
         sources.train("patch")
+
+
+def test_few_shots_are_so_many_images_of_each_class_drawn_by_the_seed_of_the_run(work: Path, tmp_path: Path) -> None:
+    data = named_data("digits")
+    backbone = named_backbone("digits-mim:0", work)
+    sources = TokenSources(backbone, data, tmp_path, batch_size=256, shots=2)
+    assert sources.train_images == 20
+    drawn = {}
+    for seed in (0, 1):
+        ((tokens, labels),) = sources.train("cls", seed)
+        assert sorted(labels.tolist()) == sorted([*range(10)] * 2)
+        rows = sources.rows(seed)
+        assert rows is not None
+        images = data.train.with_transform(backbone.transform(train=False))
+        expected = torch.cat([backbone(images[int(row)][0][None]).choose("cls")[0] for row in rows])  # [20, 96]
+        near = torch.cdist(tokens[:, 0].float(), expected)
+        assert float(near.min(1).values.max()) < 0.02  # each is one of the drawn images
+        drawn[seed] = rows.tolist()
+    assert drawn[0] != drawn[1]
+    assert len(sources.cache("train")) == len(data.train)  # the cache serves any number of shots
+
+
+def test_few_shots_under_augmentation_pass_the_same_images_through_the_backbone(work: Path, tmp_path: Path) -> None:
+    sources = TokenSources(
+        named_backbone("digits-mim:0", work), named_data("digits"), tmp_path, augment=True, batch_size=16, shots=2
+    )
+    batches = [labels for _, labels in sources.train("cls")]
+    assert [len(labels) for labels in batches] == [16]  # of 20 images
+
+
+def test_few_shots_get_about_as_many_updates_and_say_so(small: NamedData, work: Path, tmp_path: Path) -> None:
+    whole = make(small, work, tmp_path)
+    few = make(small, work, tmp_path, shots=1)
+    asked = fast_settings(3)
+    assert whole.settings(asked) == asked
+    assert whole.departures() == []
+    assert "shots" not in whole.describe()
+    changed = few.settings(asked)
+    assert changed.epochs == 3 * (40 // 16)  # one update an epoch
+    assert few.describe()["shots"] == 1
+    assert few.departures() == ["1 image of each class, 10 of 40, with epochs to match"]
+
+
+def test_shots_that_cannot_be_are_refused(small: NamedData, work: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"shots: got 9, but class \d has"):
+        make(small, work, tmp_path, shots=9)
+    with pytest.raises(InputError, match="images of tiny-coco have any number of labels"):
+        TokenSources(named_backbone("digits-mim:0", work), named_data("tiny-coco"), tmp_path, shots=2)

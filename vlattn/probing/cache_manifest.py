@@ -17,6 +17,7 @@ from vlattn.probing.cache_layout import Layout, as_bytes
 from vlattn.runtime.machine import describe_machine
 
 _FORMAT = "vlattn-token-cache-1"
+_FILES = "dataset.files"
 _SHOWN = 40  # characters of a value that a message still quotes
 
 
@@ -48,20 +49,24 @@ def environment(backbone: Any) -> dict[str, Any]:
 def require_same(folder: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse settings that differ from those a cache was made with; only the groups in `asked` are compared.
 
+    A cache from before file sizes were noted is compared by the rest.
+
     Raises:
         InputError: names every setting that differs.
     """
     before, now = _flat({key: made.get(key) for key in asked}), _flat(asked)
+    if _FILES not in before:
+        now.pop(_FILES, None)
     differ = [
         f"{key} (made with {_shown(before.get(key))}, asked for {_shown(now.get(key))})"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
     if differ:
-        raise InputError(
-            f"folder: {str(folder)!r} holds a cache with other settings: {'; '.join(differ)}; give those settings, or "
-            "another folder"
-        )
+        advice = "give those settings, or another folder"
+        if _FILES in now and before[_FILES] != now[_FILES]:
+            advice = "image files have other sizes than when they were read: remove this folder, or give another"
+        raise InputError(f"folder: {str(folder)!r} holds a cache with other settings: {'; '.join(differ)}; {advice}")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

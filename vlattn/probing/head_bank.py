@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,26 @@ from vlattn.checks import require_count
 from vlattn.errors import InputError
 from vlattn.probing.head import MOMENTUM, ProbeHead, check_batch
 from vlattn.probing.poolers.base import Pooler
+from vlattn.probing.poolers.branches import Branches, BranchLosses
 from vlattn.probing.poolers.ep import EP
 
 _VMAPPED: tuple[type[Pooler], ...] = (EP,)
 """Poolers that vmap makes faster: R heads of M queries are one of R M. For others it falls back to copies of the tokens
 or to loops of its own, and took up to twice the time of R calls."""
+
+
+@dataclass(frozen=True)
+class BankOut:
+    """What R heads give in training.
+
+    logits: [R, B, K].
+    branch_logits: [R, B, M, K]; None where the branches have no classifiers.
+    attention: each head's maps of its branches [B, ..., M, N]; None where the pooler has no losses of its own.
+    """
+
+    logits: torch.Tensor
+    branch_logits: torch.Tensor | None = None
+    attention: tuple[torch.Tensor, ...] | None = None
 
 
 class HeadBank(nn.Module):
@@ -47,6 +63,7 @@ class HeadBank(nn.Module):
         # Without weights, and in a tuple so that they are no submodules: they lend their forward, and their own
         # generators where they draw, to the slices.
         self._poolers = tuple(copy.deepcopy(head.pooler).to("meta") for _ in range(copies))
+        self.branch_losses: BranchLosses | None = head.pooler.branch_losses
         self.train(head.training)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -57,6 +74,22 @@ class HeadBank(nn.Module):
         """
         check_batch(tokens, self.training)
         return self._classify(self._normalise(self._pool(tokens)))
+
+    def read(self, tokens: torch.Tensor) -> BankOut:
+        """`forward`, and what the losses of a pooler with branches need besides.
+
+        Raises:
+            InputError: one image in training mode.
+        """
+        if self.branch_losses is None:
+            return BankOut(self(tokens))
+        check_batch(tokens, self.training)
+        seen = self._branches(tokens)
+        logits = self._classify(self._normalise(torch.stack([one.feature for one in seen], 1)))
+        classifiers, branch_logits = self.stacked.branch_classifiers, None
+        if classifiers is not None:
+            branch_logits = classifiers.of_stacked(torch.stack([one.features for one in seen]))
+        return BankOut(logits, branch_logits, tuple(one.attention for one in seen))
 
     def train(self, mode: bool = True) -> HeadBank:
         for pooler in self._poolers:
@@ -90,17 +123,25 @@ class HeadBank(nn.Module):
 
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """Features [B, R, W]."""
-        state = {**dict(self.stacked.pooler.named_parameters()), **dict(self.stacked.pooler.named_buffers())}
+        state = _tensors(self.stacked.pooler)
         if not state:  # nothing in which heads could differ
             return self._poolers[0](tokens)[:, None].expand(-1, self.copies, -1)
         if self.vmap:
             return vmap(lambda one: functional_call(self._poolers[0], one, (tokens,), strict=True), out_dims=1)(state)
-        slices = ({name: value[index] for name, value in state.items()} for index in range(self.copies))
+        slices = _slices(state, self.copies)
         features = [
             functional_call(pooler, one, (tokens,), strict=True)
             for pooler, one in zip(self._poolers, slices, strict=True)
         ]
         return torch.stack(features, 1)
+
+    def _branches(self, tokens: torch.Tensor) -> list[Branches]:
+        """What the branches of each head see, one head after the other, as most poolers run."""
+        state = {f"pooler.{name}": value for name, value in _tensors(self.stacked.pooler).items()}
+        return [
+            functional_call(_AsForward(pooler), one, (tokens,), strict=True)
+            for pooler, one in zip(self._poolers, _slices(state, self.copies), strict=True)
+        ]
 
     def _normalise(self, pooled: torch.Tensor) -> torch.Tensor:
         """The heads' batch norms as one over [B, R W], which channel by channel is the same."""
@@ -114,6 +155,26 @@ class HeadBank(nn.Module):
     def _classify(self, features: torch.Tensor) -> torch.Tensor:
         linear = self.stacked.classifier
         return torch.baddbmm(linear.bias[:, None], features.transpose(0, 1), linear.weight.transpose(1, 2))
+
+
+class _AsForward(nn.Module):
+    """A pooler's `branches` as a forward, which is what `functional_call` runs on other weights."""
+
+    def __init__(self, pooler: Any) -> None:
+        super().__init__()
+        self.pooler = pooler
+
+    def forward(self, tokens: torch.Tensor) -> Branches:
+        found: Branches = self.pooler.branches(tokens)
+        return found
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _slices(state: Mapping[str, torch.Tensor], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    return ({name: value[index] for name, value in state.items()} for index in range(count))
 
 
 def _with_tensors(head: ProbeHead, change: Callable[[torch.Tensor], torch.Tensor]) -> ProbeHead:

@@ -139,3 +139,20 @@ def knn(
                 count[k, temperature] += int(topk_correct(votes, right, top))
     top1, top5 = ({point: 100 * n / len(test) for point, n in hits[top].items()} for top in (1, 5))
     return KNNResult(top1, top5, max(grid, key=top1.__getitem__))
+
+
+def knn_probe(
+    train: Source, val: Source, features: str = "gap", classes: int | None = None, device: torch.device | str = "cpu"
+) -> KNNResult:
+    """Classify the images of one source by their nearest ones in another, without any training.
+
+    Args:
+        train, val: sources of evaluation views; see `vlattn.probing.train_source`.
+        features: as `features_of` takes its pooler: `cls`, `gap` or `gap_all`.
+        classes: number of classes; None is one more than the highest label.
+        device: where tokens are pooled.
+
+    Raises:
+        InputError: as `features_of` and `knn` do.
+    """
+    return knn(*features_of(train, features, device), *features_of(val, features, device), classes)

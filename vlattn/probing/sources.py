@@ -12,10 +12,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from vlattn.errors import InputError
 from vlattn.probing.backbones.base import Backbone
 from vlattn.probing.cache import TokenCache
 from vlattn.probing.cache_manifest import backbone_settings
 from vlattn.probing.data.named import NamedData
+from vlattn.probing.lowshot import comparable_settings, shots_subset
+from vlattn.probing.settings import ProbeSettings
 from vlattn.probing.tokens import TokenKind
 from vlattn.probing.train_source import LiveTokens, Source
 
@@ -35,6 +38,8 @@ class TokenSources:
     augment: whether training images are cropped and flipped anew in each epoch, as published probes do, and pass the
         backbone each time; else the views of evaluation are read from the cache.
     seed: of the order of images.
+    shots: train on so many images of each class alone, drawn by the seed of the run (see `vlattn.probing.lowshot`);
+        None is all.
     workers: processes that decode images.
     announce: told the size of a cache before it is written; None for silence.
     """
@@ -47,6 +52,15 @@ class TokenSources:
     seed: int = 0
     workers: int = 0
     announce: Callable[[str], object] | None = None
+    shots: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shots is not None and self.data.train.multi_label:
+            raise InputError(
+                f"shots: got {self.shots}, but images of {self.data.name} have any number of labels, so that none "
+                "counts for one class; leave it out"
+            )
+        self.rows(self.seed)  # refuses more than a class has
 
     def cache(self, part: Part) -> TokenCache:
         """The tokens of a part, computed where they are not there yet.
@@ -65,14 +79,42 @@ class TokenSources:
             kind: which tokens; see `vlattn.probing.tokens`.
             seed: of the order; None is the one of these sources.
         """
-        size = min(self.batch_size, len(self.data.train))
+        seed = self.seed if seed is None else seed
+        rows, size = self.rows(seed), min(self.batch_size, self.train_images)
         if not self.augment:
-            seed = self.seed if seed is None else seed
-            return self.cache("train").batches(size, kind=kind, shuffle=True, seed=seed, drop_last=True)
+            cache = self.cache("train")
+            stored = None if rows is None else torch.isin(cache.indices, rows).nonzero()[:, 0]
+            return cache.batches(size, kind=kind, shuffle=True, seed=seed, drop_last=True, rows=stored)
         images = self.data.train.with_transform(self.backbone.transform(train=True))
+        if rows is not None:
+            images = images.subset(rows.tolist())
         # Without a generator of its own: training seeds torch's for each epoch, so that a resumed run sees the same.
         loader: Any = DataLoader(images, size, shuffle=True, drop_last=True, num_workers=self.workers)
         return LiveTokens(self.backbone, loader, augmented=True)
+
+    @property
+    def train_images(self) -> int:
+        """Images that a run is trained on."""
+        rows = self.rows(self.seed)
+        return len(self.data.train) if rows is None else len(rows)
+
+    def rows(self, seed: int) -> torch.Tensor | None:
+        """Positions in the data set of the images that the run of a seed is trained on; None is all."""
+        return None if self.shots is None else shots_subset(self.data.train.labels, self.shots, seed)
+
+    def settings(self, settings: ProbeSettings) -> ProbeSettings:
+        """Settings meant for the whole data set, with as many updates for few shots; see `comparable_settings`."""
+        if self.shots is None:
+            return settings
+        whole = len(self.data.train)
+        return comparable_settings(settings, whole, self.train_images, min(self.batch_size, whole))[0]
+
+    def departures(self) -> list[str]:
+        """Where training on these images leaves the published protocol, in words."""
+        if self.shots is None:
+            return []
+        images = "1 image" if self.shots == 1 else f"{self.shots} images"
+        return [f"{images} of each class, {self.train_images} of {len(self.data.train)}, with epochs to match"]
 
     def val(self, kind: TokenKind) -> Source:
         """All val images once, in views of evaluation."""
@@ -84,12 +126,14 @@ class TokenSources:
         return self.backbone(torch.zeros(1, 3, height, width)).choose(kind)
 
     def describe(self) -> dict[str, Any]:
-        """What is kept with results: backbone, weights and data, as plain data."""
+        """What is kept with results: backbone, weights and data, and shots where they are few, as plain data."""
+        few = {} if self.shots is None else {"shots": self.shots}
         return {
             "backbone": {**self.backbone.describe(), "weights": backbone_settings(self.backbone)["weights"]},
             "data": self.data.name,
             "classes": self.data.classes,
             "augment": self.augment,
+            **few,
         }
 
     def _key(self) -> str:

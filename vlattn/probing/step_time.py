@@ -11,7 +11,7 @@ import torch
 from vlattn.probing.head import make_head
 from vlattn.probing.head_bank import HeadBank
 from vlattn.probing.settings import ProbeSettings
-from vlattn.probing.train_loss import bank_losses
+from vlattn.probing.train_loss import training_losses
 from vlattn.runtime.timing import interleave
 
 
@@ -66,8 +66,8 @@ def _step(
         # What is timed runs without gradients, which training needs.
         with torch.inference_mode(False), torch.enable_grad():
             with torch.autocast(tokens.device.type, dtype=half, enabled=half is not None):
-                logits = bank(tokens)
-            bank_losses(logits, labels).sum().backward()
+                seen = bank.read(tokens)
+            training_losses(seen, labels, bank.branch_losses)["total"].sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -12,7 +12,7 @@ import torch
 
 from vlattn.errors import InputError
 from vlattn.probing.data.named import named_data
-from vlattn.probing.head import make_head
+from vlattn.probing.head import ProbeHead, make_head
 from vlattn.probing.intervals import LEVEL, mean_interval, paired_difference
 from vlattn.probing.named_backbone import named_backbone
 from vlattn.probing.poolers.registry import parse_pooler
@@ -21,7 +21,7 @@ from vlattn.probing.step_time import step_times
 from vlattn.probing.sweep_config import ProbeSubject, ProbeSweepConfig, file_name
 from vlattn.probing.train import train_probe
 from vlattn.probing.train_result import ProbeResult
-from vlattn.probing.train_state import CHECKPOINT, LOG, RESULT
+from vlattn.probing.train_state import begun
 from vlattn.runtime.machine import describe_machine
 
 Report = Callable[[str, int], object]
@@ -57,9 +57,10 @@ class ProbeSweep:
             InputError: a backbone, data set or pooler that does not work; all poolers are tried before any is trained.
         """
         subjects = [self._subject(subject, report) for subject in self.config.all_subjects]
+        drawn = "weights and order" if self.config.shots is None else "weights, order and training images"
         return {
             "level": LEVEL,
-            "interval": "Student's t over seeds of weights and order; the val images are the same",
+            "interval": f"Student's t over seeds of {drawn}; the val images are the same",
             "seeds": list(self.config.seeds),
             "config": self.config.to_json(),
             "machine": describe_machine(self.device or "cpu"),
@@ -81,11 +82,11 @@ class ProbeSweep:
             self.work / "tokens",
             batch_size=self.config.batch_size,
             augment=self.config.augmented,
+            shots=self.config.shots,
         )
         samples = {name: sources.sample(parse_pooler(name)[2]) for name in self.config.all_poolers}
         classes = len(sources.data.classes)
-        for name, sample in samples.items():
-            _try(name, sample.cpu().float(), classes, backbone.grid)
+        heads = {name: _try(name, sample.cpu().float(), classes, backbone.grid) for name, sample in samples.items()}
         runs: dict[str, dict[int, ProbeResult]] = {}
         for seed in self.config.seeds:
             for name in self.config.all_poolers:
@@ -93,12 +94,13 @@ class ProbeSweep:
                 runs.setdefault(name, {})[seed] = self._train(subject, sources, name, seed, samples[name].shape[-1])
                 report("", 1)
         report("times", 0)
-        times = self._times(subject, sources)
+        branched = sorted(name for name, head in heads.items() if head.pooler.branch_losses is not None)
+        times = self._times(subject, sources, branched)
         return {
             "name": subject.file,
             **sources.describe(),
             "metric": next(iter(runs[self.config.all_poolers[0]].values())).metric,
-            "images": {"train": len(sources.data.train), "val": len(sources.data.val)},
+            "images": {"train": sources.train_images, "val": len(sources.data.val)},
             **gather(runs, list(self.config.linear), {name: s.shape[1] for name, s in samples.items()}, times),
         }
 
@@ -110,21 +112,25 @@ class ProbeSweep:
             sources.val(kind),
             name,
             len(sources.data.classes),
-            self.config.settings(seed),
+            sources.settings(self.config.settings(seed)),
             dim=dim,
             grid=sources.backbone.grid,
             out=out,
             resume=begun(out),
             device=self.device or "cpu",
             about={**sources.describe(), "asked": vars(subject)},
+            departures=sources.departures(),
         )
 
-    def _times(self, subject: ProbeSubject, sources: TokenSources) -> dict[str, Any]:
-        """Measured anew where a pooler is missing or the machine is another, all together."""
+    def _times(self, subject: ProbeSubject, sources: TokenSources, branched: list[str]) -> dict[str, Any]:
+        """Measured anew where a pooler is missing or the machine is another, all together. `branched` are the poolers
+        that are trained on losses of their branches, too."""
         path = self.out / "times" / f"{subject.file}.json"
         machine = describe_machine(self.device or "cpu")
         asked = {"poolers": sorted(self.config.all_poolers), "machine": json.loads(json.dumps(machine))}
         asked |= {"rounds": self.config.step_rounds, "batch_size": self.config.batch_size}
+        if branched:  # a step with such losses takes longer than one without, which older files hold
+            asked["branch_losses"] = branched
         if path.is_file():
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if kept["asked"] == asked:
@@ -167,12 +173,15 @@ def gather(
         times: {pooler: milliseconds of a step}.
 
     Returns:
-        linear: the linear probe with the highest mean, which differences are taken to; departures: where runs leave the
-        published protocol; arms: for each pooler value and difference in points with 95% t intervals over seeds,
-        parameters (pooler and classifier), pooler_parameters, macs of an image (pooler and classifier), step.
+        linear: the linear probe with the highest mean, which differences are taken to; departures: where all runs leave
+        the published protocol; arms: for each pooler value and difference in points with 95% t intervals over seeds,
+        parameters (pooler and classifier, and what only training needs), training_only (how many no prediction needs),
+        pooler_parameters, macs of an image (pooler and classifier), step, departures (of this pooler besides).
     """
     values = {name: {seed: best_value(name, seed, one) for seed, one in by.items()} for name, by in runs.items()}
     reference = max(linear, key=lambda name: mean_interval(list(values[name].values()))["mean"])
+    told = [one.departures for by_seed in runs.values() for one in by_seed.values()]
+    common = [text for text in told[0] if all(text in texts for texts in told)]
     arms = []
     for name, by_seed in runs.items():
         any_run = next(iter(by_seed.values()))
@@ -184,30 +193,25 @@ def gather(
                 "value": mean_interval(list(values[name].values())),
                 "difference": None if name == reference else paired_difference(values[name], values[reference]),
                 "parameters": any_run.trainable,
+                "training_only": any_run.training_only,
                 "pooler_parameters": pooled,
                 "macs": head.pooler.macs(tokens[name]) + head.pooler.width * any_run.classes,
                 "step": times[name],
                 "rates": [one.best.rate for one in by_seed.values()],
+                "departures": [text for text in any_run.departures if text not in common],
             }
         )
-    return {"linear": reference, "departures": list(any_run.departures), "arms": arms}
+    return {"linear": reference, "departures": common, "arms": arms}
 
 
-def begun(out: Path) -> bool:
-    """Whether a folder holds a run that can be gone on with, or a finished one; the log of a run that was cut off
-    before its first checkpoint is removed, so that it can begin anew."""
-    if any((out / name).is_file() for name in (CHECKPOINT, RESULT)):
-        return True
-    (out / LOG).unlink(missing_ok=True)
-    return False
-
-
-def _try(name: str, sample: torch.Tensor, classes: int, grid: tuple[int, int] | None) -> None:
-    """Refuse a pooler that cannot take these tokens [1, N, D], by its name."""
+def _try(name: str, sample: torch.Tensor, classes: int, grid: tuple[int, int] | None) -> ProbeHead:
+    """A head of a pooler; one that cannot take these tokens [1, N, D] is refused by its name."""
     try:
-        make_head(name, sample.shape[-1], classes, grid=grid, seed=0).eval()(sample)
+        head = make_head(name, sample.shape[-1], classes, grid=grid, seed=0).eval()
+        head(sample)
     except InputError as error:
         raise InputError(f"poolers: {name}: {error}") from None
+    return head
 
 
 def best_value(name: str, seed: int, result: ProbeResult) -> float:

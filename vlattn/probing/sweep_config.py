@@ -50,6 +50,8 @@ class ProbeSweepConfig:
     batch_size: images of an update.
     augment: whether each epoch sees new crops and flips; None follows the recipe.
     step_rounds: steps behind each measured time.
+    shots: train on so many images of each class alone, drawn by the seed, with as many updates as all images get; None
+        is all.
     """
 
     subjects: Sequence[Mapping[str, Any]]
@@ -62,6 +64,7 @@ class ProbeSweepConfig:
     batch_size: int = 256
     augment: bool | None = None
     step_rounds: int = 7
+    shots: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("subjects", "poolers", "linear", "seeds"):
@@ -87,6 +90,8 @@ class ProbeSweepConfig:
         require_choice("recipe", self.recipe, ("fast", "published"))
         require_count("batch_size", self.batch_size, 2)
         require_count("step_rounds", self.step_rounds)
+        if self.shots is not None:
+            require_count("shots", self.shots)
         self.settings(self.seeds[0])
 
     @classmethod

@@ -11,9 +11,10 @@ from vlattn.probing.intervals import LEVEL, mean_interval
 from vlattn.probing.poolers.registry import parse_pooler
 from vlattn.probing.settings import ProbeSettings
 from vlattn.probing.sources import TokenSources
-from vlattn.probing.sweep import begun, best_value
+from vlattn.probing.sweep import best_value
 from vlattn.probing.sweep_config import file_name
 from vlattn.probing.train import train_probe
+from vlattn.probing.train_state import begun
 
 
 def probe_layers(

@@ -6,7 +6,7 @@ protocol, and a result says where a run leaves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def train_probe(
     resume: bool = False,
     device: torch.device | str | None = None,
     about: Mapping[str, Any] | None = None,
+    departures: Sequence[str] = (),
     report: Callable[[EpochRecord], None] = lambda record: None,
     progress: bool = False,
 ) -> ProbeResult:
@@ -48,6 +49,10 @@ def train_probe(
     Several learning rates in `settings` are trained at once on one stream of tokens. Under `accelerate launch` or
     `torchrun` each process trains on its own sources, which give equally many full batches everywhere; see
     `vlattn.probing.train_world`.
+
+    A pooler with `branch_losses` (`acmil`, `acmil_mha`) is trained on the sum of the loss of the bag and these; see
+    `vlattn.probing.train_loss.training_losses`. Its weights are settings of the pooler: "acmil:w_branch=0,w_div=0" has
+    the loss of the bag alone, as other poolers do.
 
     Args:
         train: (tokens, labels) batches of equal size; one that is smaller than the first is left out, as are those that
@@ -63,6 +68,7 @@ def train_probe(
         resume: go on with the run that `out` holds, to the same weights bit for bit; a finished one is read.
         device: None is CUDA where there is one, else the CPU.
         about: plain data to keep with the result, such as `backbone.describe()`.
+        departures: where the caller leaves the published protocol, in words; the result's begin with those of settings.
         report: hears of every epoch.
         progress: whether to show a bar.
 
@@ -76,8 +82,12 @@ def train_probe(
             dim, grid = _look(val, parse_pooler(pooler)[2], grid)
     made = {"pooler": pooler, "dim": dim, "classes": classes, "grid": grid}
     about = dict(about or {})
-    folder = RunFolder(out, {**made, **vars(settings), "about": about, "processes": world.size}, world.rank == 0)
     head = make_head(pooler, dim, classes, grid=grid, seed=settings.seed)
+    decides: dict[str, Any] = {**made, **vars(settings), "about": about, "processes": world.size}
+    extra = head.pooler.branch_losses
+    if extra is not None:  # a run of the same pooler on the loss of the bag alone is another run
+        decides["branch_losses"] = vars(extra)
+    folder = RunFolder(out, decides, world.rank == 0)
     bank = HeadBank(head, len(settings.given_rates)).to(world.device)
     run = ProbeRun(train, val, bank, parse_pooler(pooler)[2], classes, settings, world)
     state = folder.start(resume)
@@ -101,11 +111,16 @@ def train_probe(
         trainable=head.trainable(),
         rates=run.rates(),
         epochs=tuple(run.epochs),
-        departures=tuple(settings.departures(run.batch, getattr(train, "augmented", None))),
+        departures=(
+            *settings.departures(run.batch, getattr(train, "augmented", None)),
+            *departures,
+            *([] if extra is None else extra.departures()),
+        ),
         machine=describe_machine(world.device),
         about=about,
         kept=tuple(range(bank.copies)),
         states={name: value.cpu() for name, value in run.best.items()},
+        training_only=head.training_only(),
     )
     folder.finish(result)
     return result

@@ -8,6 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from vlattn.errors import InputError
+from vlattn.probing.head_bank import BankOut
+from vlattn.probing.poolers.acmil_loss import branch_similarity
+from vlattn.probing.poolers.branches import BranchLosses
 
 Metric = Literal["top1", "map"]
 
@@ -31,6 +34,30 @@ def bank_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         wanted = labels.to(logits.dtype).expand(heads, -1, classes)
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     return each.view(heads, -1).mean(1)
+
+
+def training_losses(out: BankOut, labels: torch.Tensor, losses: BranchLosses | None = None) -> dict[str, torch.Tensor]:
+    """What each head is trained with, and what that is the sum of.
+
+    Args:
+        out: what the bank gave.
+        labels: as for `bank_losses`.
+        losses: the bank's `branch_losses`.
+
+    Returns:
+        {"total": [R]}; with losses of branches also "bag", "branch" and "div", before weights, as
+        `vlattn.probing.poolers.acmil_loss.acmil_loss` has them.
+    """
+    bag = bank_losses(out.logits, labels)
+    if losses is None or out.attention is None:
+        return {"total": bag}
+    branch = torch.zeros_like(bag)
+    if out.branch_logits is not None:
+        heads = out.branch_logits.transpose(1, 2).flatten(0, 1)  # [R M, B, K]
+        branch = bank_losses(heads, labels).view(len(bag), -1).mean(1)
+    div = torch.stack([branch_similarity(maps) for maps in out.attention])
+    total = bag + losses.w_branch * branch + losses.w_div * div
+    return {"total": total, "bag": bag, "branch": branch, "div": div}
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> Metric:

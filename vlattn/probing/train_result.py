@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlattn.errors import InputError
-from vlattn.probing.head import ProbeHead, make_head
+from vlattn.probing.head import ProbeHead, inference_state, make_head
 from vlattn.probing.settings import ProbeSettings
 from vlattn.probing.train_loss import Metric
 
@@ -24,6 +24,8 @@ class EpochRecord:
     train_loss: mean over the images seen; not finite where a head diverged.
     val: "loss", and "top1" and "top5" or "map" in percent; empty for epochs that were not evaluated.
     seconds: of training and evaluation.
+    parts: means of what train_loss is the sum of, "bag", "branch" and "div" before weights; empty for poolers that have
+        no losses of their own. val has the loss of the bag.
     """
 
     epoch: int
@@ -31,6 +33,7 @@ class EpochRecord:
     train_loss: list[float]
     val: dict[str, list[float]]
     seconds: float
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,12 @@ class ProbeResult:
     metric: "top1" or "map"; best epochs and rates are chosen by it on the val source, as published figures are, so they
         are slightly optimistic.
     batch: images of an update, all processes and accumulated steps together.
-    trainable: parameters of one head, the classifier included.
+    trainable: parameters of one head, the classifier included, and what only training needs.
     departures: where the run leaves the published protocol; figures compare with published ones only if empty.
     about: what the caller gave to keep with the result, such as `backbone.describe()`.
     kept: the learning rates whose heads are held; all of them, or the best one after `load_result`.
     states: their state dicts at their best epochs, stacked.
+    training_only: how many of the trainable parameters no prediction needs, and no head given back has.
     """
 
     pooler: str
@@ -80,6 +84,7 @@ class ProbeResult:
     about: Mapping[str, Any]
     kept: tuple[int, ...]
     states: Mapping[str, torch.Tensor] = field(repr=False)
+    training_only: int = 0
 
     @property
     def best_rate(self) -> int:
@@ -98,8 +103,9 @@ class ProbeResult:
         rate = self.best_rate if rate is None else rate
         if rate not in self.kept:
             raise InputError(f"rate: got {rate}; the heads of learning rates {list(self.kept)} are held")
-        head = make_head(self.pooler, self.dim, self.classes, grid=self.grid)
-        head.load_state_dict({name: value[self.kept.index(rate)] for name, value in self.states.items()})
+        head = make_head(self.pooler, self.dim, self.classes, grid=self.grid, for_training=False)
+        place = self.kept.index(rate)
+        head.load_state_dict({name: value[place] for name, value in inference_state(self.states).items()})
         return head.eval()
 
     def to_json(self) -> dict[str, Any]:

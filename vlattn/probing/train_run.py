@@ -11,7 +11,7 @@ from vlattn.errors import InputError
 from vlattn.probing.head_bank import HeadBank
 from vlattn.probing.settings import ProbeSettings
 from vlattn.probing.train_evaluate import evaluate_bank
-from vlattn.probing.train_loss import Metric, bank_losses
+from vlattn.probing.train_loss import Metric, training_losses
 from vlattn.probing.train_progress import Heard
 from vlattn.probing.train_result import EpochRecord, RateResult
 from vlattn.probing.train_scale import LossScaler
@@ -65,13 +65,14 @@ class ProbeRun:
         epoch, start = len(self.epochs), time.monotonic()
         with seeded(self.settings.seed + self.world.rank, "train", epoch):
             losses, rates = self._train(epoch, heard)
+        total = losses.pop("total")
         found: dict[str, list[float]] = {}
         if (epoch + 1) % self.settings.eval_every == 0 or epoch + 1 == self.settings.epochs:
             self.world.share_from_first(self.bank.buffers())
             with seeded(self.settings.seed, "val", epoch):
                 found = evaluate_bank(self.bank, self._read(self.val, epoch), self.world, self.autocast)
             self._judge(epoch, found)
-        self.epochs.append(EpochRecord(epoch, rates, losses, found, round(time.monotonic() - start, 3)))
+        self.epochs.append(EpochRecord(epoch, rates, total, found, round(time.monotonic() - start, 3), losses))
         return self.epochs[-1]
 
     def rates(self) -> tuple[RateResult, ...]:
@@ -84,11 +85,11 @@ class ProbeRun:
             for rate, lr, best in given
         )
 
-    def _train(self, epoch: int, heard: Heard) -> tuple[list[float], list[float]]:
-        """Mean loss of each head, and the learning rates of the last update."""
+    def _train(self, epoch: int, heard: Heard) -> tuple[dict[str, list[float]], list[float]]:
+        """Mean loss of each head with its parts, and the learning rates of the last update."""
         self.bank.train()
         length = _length("train", self.train)
-        sums = torch.zeros(1 + self.bank.copies, dtype=torch.float32, device=self.world.device)
+        batches, sums = torch.zeros(1, device=self.world.device), dict[str, torch.Tensor]()
         updates = filled = 0
         accumulate = self.settings.accumulate
         for index, (tokens, labels) in enumerate(self._read(self.train, epoch)):
@@ -101,11 +102,12 @@ class ProbeRun:
             if filled == 0:
                 self._set_rates(epoch + index / length)
             with self.autocast:
-                logits = self.bank(tokens)
-            losses = bank_losses(logits, labels)
-            self.scaler.total(losses / accumulate).backward()
-            sums[0] += 1
-            sums[1:] += losses.detach()
+                seen = self.bank.read(tokens)
+            losses = training_losses(seen, labels, self.bank.branch_losses)
+            self.scaler.total(losses["total"] / accumulate).backward()
+            batches += 1
+            for name, values in losses.items():
+                sums[name] = sums[name] + values.detach() if name in sums else values.detach().float()
             filled += 1
             if filled == accumulate:
                 self.world.mean_gradients(self.parameters)
@@ -119,8 +121,9 @@ class ProbeRun:
                 f"train: {length} batches of up to {self.micro} images make no update of {accumulate}; "
                 "give more images, smaller batches or a smaller accumulate"
             )
-        batches, *losses_sum = self.world.add(sums).tolist()
-        return [loss / batches for loss in losses_sum], self.optimizer.param_groups[0]["lr"].tolist()
+        every = self.world.add(batches)
+        means = {name: (self.world.add(values) / every).tolist() for name, values in sums.items()}
+        return means, self.optimizer.param_groups[0]["lr"].tolist()
 
     def _read(self, source: Source, epoch: int) -> Any:
         return read_batches(source, epoch, self.kind, self.classes, self.world.device, self.half)

@@ -99,6 +99,15 @@ class RunFolder:
         file.write_text("".join(lines[:epochs]), encoding="utf-8")
 
 
+def begun(out: Path) -> bool:
+    """Whether a folder holds a run that can be gone on with, or a finished one; the log of a run that was cut off
+    before its first checkpoint is removed, so that it can begin anew."""
+    if any((out / name).is_file() for name in (CHECKPOINT, RESULT)):
+        return True
+    (out / LOG).unlink(missing_ok=True)
+    return False
+
+
 def load_result(folder: str | Path) -> ProbeResult:
     """The result of a run that is done, with the head of its best learning rate alone.
 
@@ -129,6 +138,7 @@ def load_result(folder: str | Path) -> ProbeResult:
             about=data["about"],
             kept=(rates.index(RateResult(**_restored(data["best"]))),),
             states={name: value[None] for name, value in head.state_dict().items()},
+            training_only=data.get("training_only", 0),  # older results have none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"folder: {str(path / RESULT)!r} is not the result of a probe ({error}); restore it") from None

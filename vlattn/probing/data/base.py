@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -44,6 +45,7 @@ class LabeledImages(Dataset[tuple[Any, torch.Tensor]]):
     ) -> None:
         self.sources, self.read, self.transform = sources, read, transform
         self.names, self.labels, self.classes = list(names), labels, list(classes)
+        self._sizes: list[str] = []  # of one digest, once it is known; shared with the same images elsewhere
 
     @property
     def multi_label(self) -> bool:
@@ -59,7 +61,7 @@ class LabeledImages(Dataset[tuple[Any, torch.Tensor]]):
 
     def with_transform(self, transform: Transform | None) -> LabeledImages:
         """The same images under another transform, as for training and for evaluation."""
-        return LabeledImages(
+        same = LabeledImages(
             self.sources,
             self.read,
             names=self.names,
@@ -67,6 +69,8 @@ class LabeledImages(Dataset[tuple[Any, torch.Tensor]]):
             classes=self.classes,
             transform=transform,
         )
+        same._sizes = self._sizes
+        return same
 
     def subset(self, indices: Iterable[int]) -> LabeledImages:
         """The items at these positions, in this order, with the classes of the whole set."""
@@ -81,12 +85,34 @@ class LabeledImages(Dataset[tuple[Any, torch.Tensor]]):
         )
 
     def identity(self) -> str:
-        """SHA-256 of names, labels and classes; neither pixels nor the transform are in it."""
+        """SHA-256 of names, labels and classes; neither pixels nor the transform are in it. See also `file_sizes`."""
         digest = hashlib.sha256()
         for texts in (self.names, self.classes):
             digest.update("\0".join([str(len(texts)), *texts]).encode(errors="surrogateescape"))
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+    def file_sizes(self) -> str | None:
+        """SHA-256 of the sizes in bytes of all image files, in order; None where images come from elsewhere.
+
+        Sizes rather than times of change, which differ wherever the same files were copied to. Looked up once, as a
+        million files take seconds on a local disk and minutes over a network.
+        """
+        if not all(isinstance(source, str) for source in self.sources):
+            return None
+        if not self._sizes:
+            digest = hashlib.sha256()
+            for source in self.sources:
+                digest.update(f"{_size(str(source))},".encode())
+            self._sizes.append(digest.hexdigest())
+        return self._sizes[0]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # reading it says what is wrong
 
 
 def choose_classes(found: Iterable[str], given: Sequence[str] | None, where: str) -> list[str]:

@@ -20,8 +20,10 @@ def fingerprint(dataset: Any, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         items: how many; classes: their number; names: SHA-256 of item names, labels and classes, None where the dataset
-        has no `identity()`; sample: SHA-256 of the transformed pixels and labels of the first, middle and last item.
-        Files that change between these three under the same names go unseen.
+        has no `identity()`; files: SHA-256 of the sizes of all image files, None where there are none or the dataset
+        has no `file_sizes()`; sample: SHA-256 of the transformed pixels and labels of the first, middle and last item.
+        Images written anew are seen by their sizes, which pictures that are compressed differently share by chance
+        only; one of the others that keeps its name and its size to the byte goes unseen.
 
     Raises:
         InputError: the dataset is empty, or its items are no tensors.
@@ -41,10 +43,11 @@ def fingerprint(dataset: Any, seed: int = 0) -> dict[str, Any]:
         for tensor in (pixels, torch.as_tensor(label)):
             sample.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
             sample.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    identity = getattr(dataset, "identity", None)
+    identity, file_sizes = getattr(dataset, "identity", None), getattr(dataset, "file_sizes", None)
     return {
         "items": count,
         "classes": len(dataset.classes),
         "names": None if identity is None else identity(),
+        "files": None if file_sizes is None else file_sizes(),
         "sample": sample.hexdigest(),
     }

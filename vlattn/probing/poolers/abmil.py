@@ -71,10 +71,10 @@ class AttentionBag(BagPooler):
         return instances, self._scores(instances, mask)
 
     def macs(self, tokens: int) -> int:
-        """Of all M weighted sums, with no classifier."""
+        """Of the scores of all M branches, and of one weighted sum by their mean map."""
         layers = 1 if self.score.u is None else 2
         each = self.dim * self.width + layers * self.width * self.hidden
-        return tokens * (each + self.hidden * self.n_token + self.n_token * self.width)
+        return tokens * (each + self.hidden * self.n_token + self.width)
 
     def _scores(self, instances: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return hide_padding(self.score(instances), mask)

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,60 +14,19 @@ from vlattn.checks import require_choice, require_count
 from vlattn.errors import InputError
 from vlattn.probing.poolers.abmil import ABMILPool, AttentionBag, weighted_sums
 from vlattn.probing.poolers.bag_chunks import pool_in_chunks
+from vlattn.probing.poolers.branches import BranchClassifiers, Branches, BranchLosses, BranchPooler, PoolOut
 from vlattn.probing.poolers.stkim import STKIM
 
 __all__ = ["ACMIL", "ABMILPool", "ACMILPool", "Branches", "PoolOut"]
-
-
-@dataclass(frozen=True)
-class Branches:
-    """What a pooler with branches sees in a bag; see `PoolOut`.
-
-    features: z_m [B, M, L].
-    """
-
-    feature: torch.Tensor
-    features: torch.Tensor
-    attention: torch.Tensor
-    scores: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PoolOut:
-    """Output of `ACMIL`.
-
-    feature: zb [B, L], of the mean of the maps.
-    logits: [B, C] from zb, the prediction.
-    branch_logits: [B, M, C], for the loss in training.
-    attention: maps P [B, M, N], fp32 or finer, 0 on padding and on what STKIM hid; in heads, [B, H, M, N], of the
-        multi-head variant. The map to draw is their mean over M, in eval mode.
-    scores: what the softmax got, -inf there; `scores.isneginf() & mask[:, None]` is what STKIM hid.
-    """
-
-    feature: torch.Tensor
-    logits: torch.Tensor
-    branch_logits: torch.Tensor
-    attention: torch.Tensor
-    scores: torch.Tensor
-
-
-class BranchPooler(Protocol):
-    """A pooler that `ACMIL` classifies the branches of: `ACMILPool` or `ACMILMHAPool`."""
-
-    n_token: int
-    width: int
-
-    def branches(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> Branches: ...
-
-    def macs(self, tokens: int) -> int: ...
 
 
 class ACMILPool(AttentionBag):
     """M gated attention branches over instances h_n = ReLU(W x_n), and the feature of their mean map (ACMIL-GA).
 
     Branches share V and U of `ABMILPool` and differ in one vector each. In training `STKIM` hides the best instances.
-    As a pooler it gives zb = mean_m P_m H [B, L] and trains by the loss on it alone; `ACMIL` adds the branch
-    classifiers that the paper's losses need. Give padded bags as `pooler(tokens, mask)`.
+    As a pooler it gives zb = mean_m P_m H [B, L]. A probe with it trains on the paper's three losses, with classifiers
+    of the branches that training alone needs; `w_branch=0,w_div=0` trains on the loss of the bag alone. `ACMIL` is the
+    same outside a probe. Give padded bags as `pooler(tokens, mask)`.
 
     n_token: branches M, 5 in the paper.
     n_masked_patch: K, the best instances of a branch that some are hidden of; of small images take about 5% of the
@@ -77,6 +35,7 @@ class ACMILPool(AttentionBag):
     d_inner: L, see `BagPooler`.
     hidden: D, rows of V and U, 128 in the paper.
     seed: of STKIM's own generator.
+    w_branch, w_div, share_branch_classifier: see `BranchLosses`; the pooler alone does not use them.
     """
 
     def __init__(
@@ -89,10 +48,14 @@ class ACMILPool(AttentionBag):
         d_inner: int | None = None,
         hidden: int = 128,
         seed: int = 0,
+        w_branch: float = 1.0,
+        w_div: float = 1.0,
+        share_branch_classifier: bool = False,
     ) -> None:
         require_count("n_token", n_token)
         super().__init__(dim, d_inner, hidden, n_token, True)
         self.stkim = STKIM(n_masked_patch, mask_drop, seed)
+        self.branch_losses = BranchLosses(w_branch, w_div, share_branch_classifier).of(n_token)
 
     def read(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         instances, scores = super().read(tokens, mask)
@@ -104,6 +67,11 @@ class ACMILPool(AttentionBag):
         attention = scores.softmax(-1)
         features = weighted_sums(attention, instances)
         return Branches(features.mean(1), features, attention, scores)
+
+    def branch_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of `branches`, which makes all M weighted sums, as released; `macs` has one, of the mean
+        map."""
+        return self.macs(tokens) + tokens * self.width * (self.n_token - 1)
 
     @torch.no_grad()
     def branches_in_chunks(
@@ -152,8 +120,7 @@ class ACMIL(nn.Module):
         width = pooler.width
         self.classes = classes
         self.pooler = pooler
-        count = 1 if share_branch_classifier else pooler.n_token
-        self.branch_classifiers = nn.ModuleList([nn.Linear(width, classes) for _ in range(count)])
+        self.branch_classifiers = BranchClassifiers(width, classes, pooler.n_token, share_branch_classifier)
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False) if norm == "bn" else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, classes)
@@ -179,7 +146,7 @@ class ACMIL(nn.Module):
 
     def macs(self, tokens: int) -> int:
         """Multiply-accumulates of one bag with `tokens` tokens, all classifiers included."""
-        return self.pooler.macs(tokens) + (self.pooler.n_token + 1) * self.pooler.width * self.classes
+        return self.pooler.branch_macs(tokens) + (self.pooler.n_token + 1) * self.pooler.width * self.classes
 
     def inference_parameters(self) -> int:
         """Number of parameters without the branch classifiers, which only training needs."""
@@ -187,11 +154,6 @@ class ACMIL(nn.Module):
         return sum(p.numel() for p in self.parameters()) - dropped
 
     def _classify(self, seen: Branches) -> PoolOut:
-        features = self.dropout(seen.features)
-        if len(self.branch_classifiers) == features.shape[1]:
-            pairs = zip(self.branch_classifiers, features.unbind(1), strict=True)
-            branch_logits = torch.stack([classify(feature) for classify, feature in pairs], 1)
-        else:
-            branch_logits = self.branch_classifiers[0](features)
+        branch_logits = self.branch_classifiers(self.dropout(seen.features))
         logits = self.classifier(self.dropout(self.norm(seen.feature)))
         return PoolOut(seen.feature, logits, branch_logits, seen.attention, seen.scores)

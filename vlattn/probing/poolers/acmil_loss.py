@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vlattn.checks import require_count
 from vlattn.errors import InputError
-from vlattn.probing.poolers.acmil import PoolOut
+from vlattn.probing.poolers.branches import PoolOut
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

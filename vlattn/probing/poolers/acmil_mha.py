@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
-from vlattn.checks import require_count, require_divisor
-from vlattn.probing.poolers.acmil import Branches
+from vlattn.checks import require_count, require_divisor, require_number
 from vlattn.probing.poolers.bag import BagPooler, hide_padding
 from vlattn.probing.poolers.base import split_heads
+from vlattn.probing.poolers.branches import Branches, BranchLosses
 from vlattn.probing.poolers.stkim import STKIM
 
 
@@ -40,15 +41,37 @@ class QueryScores(nn.Module):
         return scores[:, :, 0] * query.shape[-1] ** -0.5
 
 
+class OwnDropout(nn.Module):
+    """Dropout with a generator of its own, as `STKIM` has one: heads trained at once draw what each would alone.
+
+    p: share of numbers that are zeroed in training, from 0 to 0.999; the others are scaled by 1 / (1 - p).
+    seed: of the generator; several numbers make one seed.
+    """
+
+    def __init__(self, p: float, *seed: int) -> None:
+        super().__init__()
+        require_number("dropout", p, 0, 0.999)
+        for one in seed:
+            require_count("seed", one, least=0)
+        self.p = p
+        self.generator = np.random.default_rng(seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.from_numpy(self.generator.random(tuple(x.shape), dtype=np.float32) >= self.p).to(x.device)
+        return x * kept / (1 - self.p)
+
+
 class HeadGather(nn.Module):
     """Values of instances weighted by one map per head, projected, dropout, LayerNorm: [B, H, N] to [B, L]."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, *seed: int) -> None:
         super().__init__()
         self.heads = heads
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = OwnDropout(dropout, *seed)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, maps: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
@@ -63,13 +86,16 @@ class MHABagPool(BagPooler):
     heads: H, 8 as released; has to divide L.
     dropout: behind the output projection, 0.1 as released.
     d_inner: L, see `BagPooler`.
+    seed: of the dropout's own generator.
     """
 
-    def __init__(self, dim: int, *, heads: int = 8, dropout: float = 0.1, d_inner: int | None = None) -> None:
+    def __init__(
+        self, dim: int, *, heads: int = 8, dropout: float = 0.1, d_inner: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__(dim, d_inner)
         require_divisor("heads", heads, "d_inner", self.width)
         self.score = QueryScores(self.width, heads)
-        self.gather = HeadGather(self.width, heads, dropout)
+        self.gather = HeadGather(self.width, heads, dropout, seed)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         instances = self.instances(tokens, mask)
@@ -88,11 +114,11 @@ class ACMILMHAPool(BagPooler):
     """M branches of multi-head attention, and a feature of their mean map through values of its own (ACMIL-MHA).
 
     The feature is not the mean of the branches' features. `STKIM` hides the best instances of each head in training.
-    The released code takes one bag at a time; here bags are batched. Dropout draws at random, so training it in a
-    `HeadBank` needs dropout=0.
+    The released code takes one bag at a time; here bags are batched.
 
     heads, dropout, d_inner: as in `MHABagPool`.
-    n_token, n_masked_patch, mask_drop, seed: as in `ACMILPool`.
+    n_token, n_masked_patch, mask_drop, w_branch, w_div, share_branch_classifier: as in `ACMILPool`.
+    seed: of the generators of STKIM and dropout.
     """
 
     def __init__(
@@ -106,15 +132,19 @@ class ACMILMHAPool(BagPooler):
         dropout: float = 0.1,
         d_inner: int | None = None,
         seed: int = 0,
+        w_branch: float = 1.0,
+        w_div: float = 1.0,
+        share_branch_classifier: bool = False,
     ) -> None:
         super().__init__(dim, d_inner)
         require_count("n_token", n_token)
         require_divisor("heads", heads, "d_inner", self.width)
         self.n_token = n_token
         self.scores = nn.ModuleList([QueryScores(self.width, heads) for _ in range(n_token)])
-        self.gathers = nn.ModuleList([HeadGather(self.width, heads, dropout) for _ in range(n_token)])
-        self.bag = HeadGather(self.width, heads, dropout)
+        self.gathers = nn.ModuleList([HeadGather(self.width, heads, dropout, seed, 1 + m) for m in range(n_token)])
+        self.bag = HeadGather(self.width, heads, dropout, seed)
         self.stkim = STKIM(n_masked_patch, mask_drop, seed)
+        self.branch_losses = BranchLosses(w_branch, w_div, share_branch_classifier).of(n_token)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         instances = self.instances(tokens, mask)
@@ -135,10 +165,14 @@ class ACMILMHAPool(BagPooler):
         return Branches(self.bag(maps.mean(2), instances), features, maps, scores)
 
     def macs(self, tokens: int) -> int:
-        """Of all branches and of the bag, with no classifier."""
+        """Of the scores of all branches and of the bag; the branches' own features are made in training alone."""
         inner, sums = self.width**2, tokens * self.width
-        branch = 2 * tokens * inner + 2 * inner + 2 * sums
-        return tokens * self.dim * self.width + self.n_token * branch + tokens * inner + inner + sums
+        scores = (tokens + 1) * inner + sums
+        return tokens * self.dim * self.width + self.n_token * scores + (tokens + 1) * inner + sums
+
+    def branch_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of `branches`, which makes the branches' features besides."""
+        return self.macs(tokens) + self.n_token * ((tokens + 1) * self.width**2 + tokens * self.width)
 
     def _scores(self, instances: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, H, M, N]."""

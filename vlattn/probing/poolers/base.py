@@ -10,6 +10,7 @@ from torch import nn
 
 from vlattn.checks import require_count
 from vlattn.errors import InputError
+from vlattn.probing.poolers.branches import BranchLosses
 
 
 class Pooler(nn.Module, ABC):
@@ -21,9 +22,11 @@ class Pooler(nn.Module, ABC):
     dim: width D of the tokens.
     width: width of the feature, D unless the pooler narrows it.
     needs_grid: whether the constructor takes `grid`, (rows, columns) of the patch tokens.
+    branch_losses: what training a probe with it adds to the loss of its feature; None is nothing.
     """
 
     needs_grid: ClassVar[bool] = False
+    branch_losses: BranchLosses | None = None
 
     def __init__(self, dim: int, width: int | None = None) -> None:
         super().__init__()
@@ -37,7 +40,13 @@ class Pooler(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, tokens: int) -> int:
-        """Multiply-accumulates of one image with `tokens` tokens; norms, softmax and activations count as nothing."""
+        """Multiply-accumulates of `forward` in eval mode, for one image with `tokens` tokens.
+
+        In the form in use: rows that a released code computes and drops are not made here and do not count; poolers of
+        such codes have `built_macs`, which counts them as published tables do. Products with weights and weighted sums
+        over tokens count, and the mean of a pooler that is a mean; norms, softmax, activations, and a mean that is a
+        step among others do not.
+        """
 
     def attention(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Attention maps [B, M, N] of tokens [B, N, D], fp32 or finer, rows sum to 1; None where there are none."""

@@ -56,13 +56,13 @@ class CLIPPool(Pooler):
         query, key, _ = self._project(tokens)
         return head_maps(query, key[:, 1:], self.heads)
 
-    def macs(self, tokens: int) -> int:
-        """Of the original, which computes all rows; `used_macs` has those computed here."""
+    def built_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of the original, which computes all rows."""
         keys = tokens + (not self.external_cls)
         return 4 * keys * self.dim**2 + 2 * keys**2 * self.dim
 
-    def used_macs(self, tokens: int) -> int:
-        """Multiply-accumulates of the one row that is computed."""
+    def macs(self, tokens: int) -> int:
+        """Of the one row that is computed."""
         keys = tokens + (not self.external_cls)
         return 2 * keys * self.dim**2 + 2 * self.dim**2 + 2 * keys * self.dim
 

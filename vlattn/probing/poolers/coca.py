@@ -17,7 +17,7 @@ class CoCaPool(Pooler):
     """Multi-query attention: H queries heads of one learned token over a single key head and a single value head.
 
     The original holds 196 queries, computes them all and gives the first as the feature: the others never get a
-    gradient. Here that one is computed. `built_parameters` and `macs` count the original, `used_macs` what is computed.
+    gradient. Here that one is computed, and counted in `macs`; `built_parameters` and `built_macs` count the original.
 
     heads, head_dim: H and the width of a head.
     queries: learned queries that are held. 196 makes the parameters of the original, 1 those that matter.
@@ -47,12 +47,12 @@ class CoCaPool(Pooler):
         key, _ = self._keys(tokens)
         return attention_maps(self._query().to(key.dtype), key, self.head_dim**-0.5)
 
-    def macs(self, tokens: int) -> int:
-        """Of the original with its 196 queries."""
+    def built_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of the original with its 196 queries."""
         return self._macs(tokens, self.BUILT_QUERIES)
 
-    def used_macs(self, tokens: int) -> int:
-        """Multiply-accumulates of the one query that is computed."""
+    def macs(self, tokens: int) -> int:
+        """Of the one query that is computed."""
         return self._macs(tokens, 1)
 
     def built_parameters(self) -> int:

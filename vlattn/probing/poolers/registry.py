@@ -10,7 +10,9 @@ import yaml
 from vlattn.errors import InputError
 from vlattn.probing.poolers.abmilp import AbMILP
 from vlattn.probing.poolers.acmil import ABMILPool, ACMILPool
+from vlattn.probing.poolers.acmil_mha import ACMILMHAPool, MHABagPool
 from vlattn.probing.poolers.aim import AIM
+from vlattn.probing.poolers.bag import MaxBagPool, MeanBagPool
 from vlattn.probing.poolers.base import Pooler
 from vlattn.probing.poolers.cae import CAEPool
 from vlattn.probing.poolers.cait import CaiTPool
@@ -34,7 +36,11 @@ POOLERS: dict[str, type[Pooler]] = {
     "abmil": ABMILPool,
     "abmilp": AbMILP,
     "acmil": ACMILPool,
+    "acmil_mha": ACMILMHAPool,
     "aim": AIM,
+    "bag_max": MaxBagPool,
+    "bag_mean": MeanBagPool,
+    "bag_mha": MHABagPool,
     "cae": CAEPool,
     "cait": CaiTPool,
     "cbam": CBAMPool,

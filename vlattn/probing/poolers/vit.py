@@ -17,7 +17,7 @@ from vlattn.probing.poolers.blocks import attend, head_maps
 class ViTPool(Pooler):
     """Multi-head self-attention over [c; X] for a learned class token c; the row of c is the feature.
 
-    The other rows are not computed; `macs` counts them, `used_macs` does not.
+    The other rows are not computed; `built_macs` counts them, `macs` does not.
 
     heads: attention heads H, 8 in the benchmark's code.
     """
@@ -42,12 +42,12 @@ class ViTPool(Pooler):
         self.check(tokens)
         return head_maps(self.query(self.cls)[None], self.key(tokens), self.heads)
 
-    def macs(self, tokens: int) -> int:
-        """Of all rows, as released."""
+    def built_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of all rows, as released."""
         keys = tokens + 1
         return 3 * keys * self.dim**2 + 2 * keys**2 * self.dim
 
-    def used_macs(self, tokens: int) -> int:
-        """Multiply-accumulates of the one row that is computed."""
+    def macs(self, tokens: int) -> int:
+        """Of the one row that is computed."""
         keys = tokens + 1
         return 2 * keys * self.dim**2 + self.dim**2 + 2 * keys * self.dim
