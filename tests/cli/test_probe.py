@@ -56,6 +56,70 @@ def test_a_run_is_not_overwritten_but_resumed(run: Path, work: Path) -> None:
     assert f"top1 {load_result(run).best.best:.2f}" in result.output
 
 
+def test_several_seeds_are_runs_with_a_mean_and_its_interval_and_go_on(work: Path, tmp_path: Path) -> None:
+    words = ("train", *COMMON, *SHORT, "--pooler", "gap", "--out", tmp_path, "--work", work)
+    output = probe(*words, "--seeds", 2).output
+    told = json.loads((tmp_path / "seeds.json").read_text())
+    runs = [load_result(tmp_path / f"seed_{seed}") for seed in (0, 1)]
+    assert told["value"]["values"] == [run.best.best for run in runs]
+    value = told["value"]
+    assert f"mean: top1 {value['mean']:.2f} ({value['low']:.2f} {value['high']:.2f}), 95% t interval" in output
+    with pytest.raises(InputError, match="resume that run"):
+        probe(*words, "--seeds", "0,1,5")
+    probe(*words, "--seeds", "0,1,5", "--resume")
+    assert json.loads((tmp_path / "seeds.json").read_text())["seeds"] == [0, 1, 5]
+    assert load_result(tmp_path / "seed_5").settings.seed == 5
+    assert load_result(tmp_path / "seed_0").about["asked"] == {
+        "backbone": "digits-mim:2",
+        "data": "digits",
+        "val": None,
+        "layer": None,
+    }
+
+
+@pytest.mark.parametrize("text", ["", "0", "one", "1,1", "0,-1", "3,"])
+def test_seeds_that_cannot_be_read_are_told(text: str, work: Path, tmp_path: Path) -> None:
+    for command in ("train", "layers"):
+        with pytest.raises(InputError, match=r"seeds: got .*; give how many, such as 3, or a list, such as 0,1,2"):
+            probe(command, *COMMON, "--seeds", text, "--out", tmp_path / "run", "--work", work)
+
+
+def test_seed_and_seeds_together_are_refused(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="seed, seeds: got 1 and '2'; give one of them"):
+        probe("train", *COMMON, "--seed", 1, "--seeds", 2, "--out", tmp_path / "run", "--work", work)
+
+
+def test_few_shots_are_recorded_with_the_run(work: Path, tmp_path: Path) -> None:
+    words = ("train", *COMMON, *SHORT, "--pooler", "gap", "--shots", 3, "--seed", 2, "--out", tmp_path, "--work", work)
+    output = probe(*words).output
+    result = load_result(tmp_path)
+    assert result.about["shots"] == 3
+    assert result.batch == 30
+    assert result.settings.seed == 2
+    assert result.settings.epochs == 1442 // 128
+    assert "not the published protocol: 3 images of each class, 30 of 1442" in output
+
+
+def test_the_final_norm_is_recorded_changes_the_tokens_and_is_found_again(work: Path, tmp_path: Path) -> None:
+    values = {}
+    for norm in ("on", "off", "auto"):
+        out = tmp_path / norm
+        probe("train", *COMMON, *SHORT, "--pooler", "ep:queries=4", "--final-norm", norm, "--out", out, "--work", work)
+        result = load_result(out)
+        assert result.about["backbone"]["final_norm"] is (norm != "off")
+        assert result.about["asked"].get("final_norm", "auto") == norm
+        values[norm] = [record.train_loss for record in result.epochs]
+    assert values["on"] == values["auto"] != values["off"]
+    assert probe("show", tmp_path / "off", "--out", tmp_path / "maps.png", "--work", work).exit_code == 0
+    outputs = {n: probe("knn", *COMMON, "--final-norm", n, "--work", work).output for n in ("on", "off", "auto")}
+    assert outputs["on"] == outputs["auto"]
+
+
+def test_what_training_alone_needs_is_told_apart(work: Path, tmp_path: Path) -> None:
+    output = probe("train", *COMMON, *SHORT, "--pooler", "acmil", "--out", tmp_path, "--work", work).output
+    assert f"{load_result(tmp_path).trainable} parameters, 2450 of them for training only" in output
+
+
 def test_show_draws_maps_and_prints_their_numbers(run: Path, work: Path, tmp_path: Path) -> None:
     out = tmp_path / "maps.png"
     result = probe("show", run, "--out", out, "--images", 3, "--work", work)

@@ -18,7 +18,7 @@ KINDS = {
 """Kinds of poolers, by a colour of Okabe and Ito's and a marker of their own: told apart with any colour vision."""
 
 LINEAR = ("cls", "gap", "gap_all")
-WITHOUT = ("cbam", "dolg", "gem", "gmp", "lse")
+WITHOUT = ("bag_max", "bag_mean", "cbam", "dolg", "gem", "gmp", "lse")
 PLACES = ((6, 0), (-6, 0), (0, 8), (0, -8), (6, 8), (-6, 8), (6, -8), (-6, -8))
 """Where a label may stand, in points from its marker; the first free place is taken, else one farther out."""
 
