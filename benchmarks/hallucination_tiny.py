@@ -6,7 +6,7 @@ For every method of configs/hallucination_tiny.yaml, each setting of its main kn
 (CHAIR) and ordinary questions (counts and places) about the tuning images, a part of tiny COCO `val` told apart by a
 hash of the image id. The setting with the fewest hallucinated mentions among those that lose at most `slack` of POPE F1
 and of ordinary accuracy there is the tuned one. Then vanilla, the default and the tuned setting answer about other
-images, and only those answers are reported: with 95% bootstrap intervals by image, and differences from vanilla paired
+images, beside the controls of some methods, and only those answers are reported: with 95% bootstrap intervals by image, and differences from vanilla paired
 by image. `--work` keeps every answer, so a run that was cut off goes on from there.
 """
 
@@ -181,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         roles = {settings[0]: "default"}
         if chosen[name] is not None:
             roles[chosen[name]] = "default and tuned" if chosen[name] == settings[0] else "tuned"
+        for setting in config["controls"].get(name, ()):
+            roles.setdefault(setting, "control")
         for setting, role in roles.items():
             arm = part.run(setting, console)
             reported.append({"method": name, "role": role, **arm, "against_vanilla": part.against(vanilla, arm)})

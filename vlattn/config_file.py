@@ -49,6 +49,6 @@ def file_name(setting: str) -> str:
 def _text(path: str | Path) -> str:
     given = Path(path)
     shipped = files("vlattn.configs") / f"{given.stem}.yaml"
-    if given.name == given.stem and not given.exists() and shipped.is_file():
+    if given.name == given.stem and not given.is_file() and shipped.is_file():
         return shipped.read_text(encoding="utf-8")
     return given.read_text(encoding="utf-8")
