@@ -1,6 +1,7 @@
 """What methods on attention and heads cost in time: prefill and decode against the model as it is, in one run.
 
-    python benchmarks/hallucination.py --out benchmarks/results/hallucination_cpu.json
+    python benchmarks/hallucination.py --out benchmarks/results/hallucination_cpu.json   # adds to what is in the file
+    python benchmarks/hallucination.py --batches 1 --stages decode --methods paint vhr --out ...
     python benchmarks/hallucination.py --device cuda --batch-layers 32 --repeats 20 --out ...
 
 A LLaVA-1.5-7B of published widths with random weights, sdpa attention, prompts of 576 visual and 60 text tokens: at
@@ -18,7 +19,9 @@ prefill VAR 1.10, PAINT 1.05, VHR 1.35 (it adds a prefill of the text alone); de
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from vlattn.runtime.machine import describe_machine
 from vlattn.runtime.timing import interleave, keep_freed_memory
 
 FULL_DEPTH = 32
+STAGES = ["prefill", "decode", "memory"]
 
 
 def settings(layers: int) -> dict[str, str]:
@@ -65,6 +69,11 @@ def prefill(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, use_cache=True, logits_to_keep=1)
 
 
+def filling(model: Any, inputs: dict[str, Any]) -> Arm:
+    """A function that runs one prefill."""
+    return lambda: prefill(model, inputs)
+
+
 def decoding(model: Any, inputs: dict[str, Any], steps: int) -> Arm:
     """A function that decodes `steps` more tokens; the cache grows alike in every arm."""
     state = {"cache": cache_of(dict(prefill(model, inputs))), "mask": inputs["attention_mask"]}
@@ -85,7 +94,8 @@ def decoding(model: Any, inputs: dict[str, Any], steps: int) -> Arm:
     return run
 
 
-def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def measure(batch: int, args: argparse.Namespace, console: Console, found: dict[str, Any]) -> None:
+    """Adds to `found` what was measured of one batch."""
     layers = args.layers if batch == 1 else args.batch_layers
     model: Any = random_model(
         "llava-1.5-7b", layers=layers, dtype=getattr(torch, args.dtype), device=args.device, attn="sdpa"
@@ -98,28 +108,38 @@ def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str,
         method = parse_method(text)
         assert method is not None
         handles.append(attach(models[name], method))
-    found: dict[str, Any] = {"layers": layers, "methods": chosen}
-    stages: dict[str, dict[str, Arm]] = {
-        "prefill": {name: (lambda one=one: prefill(one, inputs)) for name, one in models.items()},  # type: ignore[misc]
-        "decode": {name: decoding(one, inputs, args.steps) for name, one in models.items()},
-    }
-    for stage, arms in stages.items():
-        repeats = args.repeats if stage == "prefill" else args.decode_repeats
-        times = interleave(arms, repeats, args.warmup)
-        found[stage] = {"vanilla_milliseconds": times["vanilla"].seconds.milliseconds()}
+    found["layers"] = layers
+    found.setdefault("methods", {}).update(chosen)
+    for stage in (stage for stage in STAGES[:2] if stage in args.stages):
+        make = partial(decoding, steps=args.steps) if stage == "decode" else filling
+        arms: dict[str, Arm] = {name: make(one, inputs) for name, one in models.items()}
+        times = interleave(arms, args.repeats if stage == "prefill" else args.decode_repeats, args.warmup)
+        found.setdefault(stage, {})["vanilla_milliseconds"] = times["vanilla"].seconds.milliseconds()
         for name in models:
             if name == "vanilla":
                 continue
             ratio, target = times[name].over(times["vanilla"]), TARGETS[stage].get(name)
             found[stage][name] = {**ratio.rounded(), "target": target, "met": target is None or ratio.median <= target}
             console.print(f"batch {batch} {stage} {name}: {ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})")
+    if "memory" in args.stages:
+        found["peak_memory"] = memory(models, inputs)
+        for name, row in found["peak_memory"].items():
+            ratios = f"{row['over_vanilla']:.3f}, without weights {row['without_weights_over_vanilla']:.3f}"
+            console.print(f"batch {batch} peak memory {name}: {ratios}")
+    for handle in handles:
+        handle.detach()
+
+
+def memory(models: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory of a prefill by model, weights included and not."""
+    model = models["vanilla"]
     with torch.inference_mode():
         above = {
             name: peak_memory(lambda one=one: prefill(one, inputs), model.device)["above"]  # type: ignore[misc]
             for name, one in models.items()
         }
     weights = sum(weight.nbytes for weight in model.parameters())
-    found["peak_memory"] = {
+    return {
         name: {
             "bytes": weights + peak,
             "over_vanilla": round((weights + peak) / (weights + above["vanilla"]), 4),
@@ -128,12 +148,6 @@ def measure(batch: int, args: argparse.Namespace, console: Console) -> dict[str,
         }
         for name, peak in above.items()
     }
-    for name, row in found["peak_memory"].items():
-        ratios = f"{row['over_vanilla']:.3f}, without weights {row['without_weights_over_vanilla']:.3f}"
-        console.print(f"batch {batch} peak memory {name}: {ratios}")
-    for handle in handles:
-        handle.detach()
-    return found
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -146,6 +160,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--layers", type=int, default=FULL_DEPTH, help="decoder layers at batch 1 (default 32, as it has)"
     )
     parser.add_argument("--batch-layers", type=int, default=4, help="decoder layers of larger batches (default 4)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is measured (default all)")
     parser.add_argument("--steps", type=int, default=4, help="tokens decoded per round (default 4)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -159,21 +174,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args, console = arguments(argv), Console()
     torch.manual_seed(0)
+    before: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     found: dict[str, Any] = {
         "benchmark": "hallucination",
         "machine": describe_machine(args.device),
         "settings": {"dtype": args.dtype, "steps": args.steps, "text_tokens": 60, "repeats": args.repeats},
-        "batches": {},
+        "batches": before.get("batches", {}),
     }
     keep_freed_memory()
     for batch in args.batches:
-        found["batches"][str(batch)] = measure(batch, args, console)
+        measure(batch, args, console, found["batches"].setdefault(str(batch), {}))
         if args.out:  # after each: nothing is lost if a later one fails
             args.out.write_text(as_text(found))
     table = Table("batch", "stage", "method", "over vanilla", "quartiles", "target")
     for batch, stages in found["batches"].items():
-        for stage in ("prefill", "decode"):
-            for name, row in stages[stage].items():
+        for stage in STAGES[:2]:
+            for name, row in stages.get(stage, {}).items():
                 if name != "vanilla_milliseconds":
                     target = "" if row["target"] is None else f"{row['target']} {'met' if row['met'] else 'MISSED'}"
                     table.add_row(
