@@ -33,6 +33,11 @@ def tiny_llava() -> Path:
     return _assets() / "tiny_llava"
 
 
+def tiny_gaze() -> Path:
+    """The gaze file of the simulated searches over scenes of tiny COCO and shelves of their objects."""
+    return _assets() / "tiny_gaze" / "gaze.json"
+
+
 def _assets() -> Path:
     # A namespace package has no single folder of its own, but each of its files has one.
     return Path(str(files("vlattn.assets").joinpath("coco_emoji.json"))).parent

@@ -14,6 +14,7 @@ from vlattn.cli.calibrate import app as calibrate_app
 from vlattn.cli.compare import compare
 from vlattn.cli.demo import demo
 from vlattn.cli.eval import app as eval_app
+from vlattn.cli.gaze import app as gaze_app
 from vlattn.cli.methods import methods
 from vlattn.cli.models import models
 from vlattn.cli.probe import app as probe_app
@@ -43,6 +44,7 @@ app.command("build-pope")(build_pope)
 app.add_typer(train_app, name="train")
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(probe_app, name="probe")
+app.add_typer(gaze_app, name="gaze")
 app.command()(methods)
 app.command()(models)
 app.command()(sweep)
