@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Compilation:
     kernel: a function under `triton.jit`.
     signature: {argument: type}, as "*bf16", "fp32", "i32"; those in `constants` are left out.
     constants: {argument: value} of the constexpr arguments.
+    aligned: arguments that 16 divides, addresses and strides: without them no load is wider than one number.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Compilation:
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
+    aligned: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Resources:
 def resources(what: Compilation, target: str) -> Resources:
     """Compile for one of TARGETS and read what the binary asks for."""
     types = {name: what.signature.get(name, "constexpr") for name in what.kernel.arg_names}
-    source = ASTSource(fn=what.kernel, signature=types, constexprs=dict(what.constants))
+    known = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name in what.aligned}
+    source = ASTSource(fn=what.kernel, signature=types, constexprs=dict(what.constants), attrs=known)
     options = {"num_warps": what.warps, "num_stages": what.stages}
     built = triton.compile(source, target=TARGETS[target], options=options)
     if "cubin" in built.asm:

@@ -6,9 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
+    """sums + a @ b in fp32, for matrices and batches of them; fp32 inputs are not rounded to TF32."""
+    if INTERPRETED:  # the interpreter would multiply bf16 as the integers that it keeps them in
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+INTERPRETED = tl.constexpr(isinstance(dot, InterpretedFunction))
+"""Whether kernels run on the CPU, under TRITON_INTERPRET=1."""
 
 
 class Tuned:
@@ -21,8 +34,7 @@ class Tuned:
 
     def __init__(self, kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
         self.kernel, self.configs, self.key = kernel, list(configs), list(key)
-        interpreted = isinstance(kernel, InterpretedFunction)
-        self._tuner = None if interpreted else triton.autotune(configs=self.configs, key=self.key)(kernel)
+        self._tuner = None if INTERPRETED.value else triton.autotune(configs=self.configs, key=self.key)(kernel)
 
     def __call__(self, grid: Grid, *args: Any, **constants: Any) -> None:
         """Start the kernel.

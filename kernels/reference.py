@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+
+from vlattn.kernels.reference_flowcut_statistics import FlowCutStatistics, from_row
+from vlattn.kernels.reference_grouped_attention import grouped_attention as grouped_attention
+from vlattn.kernels.reference_grouped_attention import head_scale as head_scale
 
 ROW_BLOCK = 128
 """Query rows whose weights exist at one time where a method goes through a matrix in blocks of rows."""
@@ -26,9 +31,9 @@ def query_row_attention(
 ) -> torch.Tensor:
     """softmax(scale * q k^T) for a few query rows; see `vlattn.ops.query_row_attention`."""
     dtype = accumulation_dtype(q.dtype)
-    batch, heads, rows, _ = q.shape
+    batch, heads, rows, width = q.shape
     # Query heads that share a key head become rows of one product; keys are never repeated.
-    grouped = q.to(dtype).reshape(batch, k.shape[1], -1, q.shape[-1])  # [B, Hkv, H / Hkv * R, D]
+    grouped = q.to(dtype).reshape(batch, k.shape[1], heads // k.shape[1] * rows, width)  # [B, Hkv, H / Hkv * R, D]
     # Contiguous at once: keys come as views of [B, N, H, D], which a batched product would copy again.
     keys = k.to(dtype, memory_format=torch.contiguous_format)
     logits = (grouped @ keys.transpose(-1, -2)) * scale  # [B, Hkv, H / Hkv * R, N]
@@ -45,8 +50,14 @@ def received_attention(
     causal: bool = False,
     key_mask: torch.Tensor | None = None,
     query_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Column sums of the attention matrix, a block of rows at a time; see `vlattn.ops.received_attention`."""
+    lse: torch.Tensor | None = None,
+    maxima: bool = False,
+    rows_too: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Column sums of the attention matrix, column maxima, and the log-sum-exp of each row, a block of rows at a time.
+
+    See `vlattn.ops.received_attention`. What is not asked for is None.
+    """
     batch, heads, rows, width = q.shape
     groups, keys, dtype = k.shape[1], k.shape[2], accumulation_dtype(q.dtype)
     share = heads // groups
@@ -54,10 +65,13 @@ def received_attention(
     query = (q.to(dtype) * scale).reshape(batch * groups, share, rows, width)
     key = k.to(dtype).reshape(batch * groups, keys, width).transpose(1, 2)  # [B Hkv, D, N]
     total = query.new_zeros(batch * groups, share, keys)
+    best = torch.zeros_like(total) if maxima else None
+    levels = None if lse is None else lse.to(dtype).reshape(batch * groups, share, rows)
+    found = query.new_empty(batch * groups, share, rows) if rows_too else None
     prompt = torch.arange(batch, device=q.device).repeat_interleave(groups)
     position = torch.arange(keys, device=q.device)
     limit = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
-    step = min(rows, max(1, limit // max(share * keys, 1)))
+    step = max(1, min(rows, limit // max(share * keys, 1)))
     some = max(1, limit // max(share * step * keys, 1))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -67,22 +81,104 @@ def received_attention(
         for first in range(0, batch * groups, some):
             here = slice(first, first + some)
             block = query[here, :, start:stop].flatten(1, 2) @ key[here, :, :end]
-            weights = block.view(-1, share, stop - start, end)  # [p, H / Hkv, r, n]
+            weights = block.view(block.shape[0], share, stop - start, end)  # [p, H / Hkv, r, n]
             seen = None if key_mask is None else key_mask[prompt[here], None, None, :end]
             if causal:
                 seen = past if seen is None else seen & past
-            weights = weights.softmax(-1) if seen is None else softmax_over(weights, seen)
+            if found is not None:
+                logits = weights if seen is None else weights.masked_fill(~seen, -torch.inf)
+                found[here, :, start:stop] = logits.logsumexp(-1)
+            if levels is not None:
+                level = levels[here, :, start:stop, None]
+                unseen = level.isneginf() if seen is None else level.isneginf() | ~seen
+                weights = (weights - level).masked_fill(unseen, -torch.inf).exp()
+            else:
+                weights = weights.softmax(-1) if seen is None else softmax_over(weights, seen)
             if query_mask is not None:
                 weights = weights.masked_fill(~query_mask[prompt[here], None, start:stop, None], 0)
             total[here, :, :end] += weights.sum(2)
-    return total.view(batch, heads, keys)
+            if best is not None:
+                best[here, :, :end] = torch.maximum(best[here, :, :end].clone(), weights.amax(2))
+    found = None if found is None else found.view(batch, heads, rows)
+    return total.view(batch, heads, keys), None if best is None else best.view(batch, heads, keys), found
 
 
-def select_tokens(score: torch.Tensor, k: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def flowcut_statistics(
+    v: torch.Tensor,
+    cls_query: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    scale: float | None = None,
+    cls_attention: torch.Tensor | None = None,
+    alive: torch.Tensor | None = None,
+    average: torch.Tensor | None = None,
+    momentum: float = 0.5,
+) -> FlowCutStatistics:
+    """FlowCut's numbers of one layer; see `vlattn.ops.flowcut_statistics`."""
+    dtype = accumulation_dtype(v.dtype)
+    if cls_attention is None:
+        assert cls_query is not None
+        assert k is not None
+        assert scale is not None
+        keys = None if alive is None else F.pad(alive, (1, 0), value=True)
+        cls_attention = query_row_attention(cls_query[:, :, None], k, scale, keys)[:, :, 0]
+    values = v.to(dtype, memory_format=torch.contiguous_format)
+    return from_row(values, cls_attention.to(dtype), alive, average, momentum)
+
+
+def select_tokens(
+    score: torch.Tensor, k: int | torch.Tensor, width: int, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Top-k per row in ascending order of position, and the rows gathered; see `vlattn.ops.select_tokens`."""
     # A stable sort, so that ties go to the lower position on every device.
-    index = score.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values  # [B, k]
-    gathered = [
-        t.gather(1, index.reshape(*index.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])) for t in tensors
-    ]
-    return (index, *gathered)
+    best = score.sort(dim=-1, descending=True, stable=True).indices[:, :width]  # [B, width]
+    if not isinstance(k, torch.Tensor):
+        index = best.sort(dim=-1).values
+        return (index, *(_rows_at(t, index, 1) for t in tensors))
+    tokens = score.shape[1]
+    rank = torch.arange(width, device=score.device)
+    index = best.masked_fill(rank >= k[:, None], tokens).sort(dim=-1).values  # what is too much comes last
+    index = index.masked_fill(index == tokens, -1)
+    return (index, *(_rows_or_zeros(t, index, 1) for t in tensors))
+
+
+def gather_kv(
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a cache layer at `index`; see `vlattn.ops.gather_kv`."""
+    found = _rows_or_zeros(key, index, 2), _rows_or_zeros(value, index, 2)
+    if not in_place:
+        return found
+    kept = index.shape[1]
+    return key[:, :, :kept].copy_(found[0]), value[:, :, :kept].copy_(found[1])
+
+
+def pooled_probe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(scale * query key^T) value, all in four dimensions; see `vlattn.ops.pooled_probe`."""
+    dtype = accumulation_dtype(key.dtype)
+    share = query.shape[1] // key.shape[1]
+    # Query heads that share a key head become rows of one product.
+    rows = query.to(dtype).unflatten(1, (key.shape[1], share)).flatten(2, 3)  # [B or 1, Hkv, H / Hkv * M, D]
+    logits = rows @ key.to(dtype).mT * scale  # [B, Hkv, H / Hkv * M, N]
+    weights = logits.softmax(-1) if key_mask is None else softmax_over(logits, key_mask[:, None, None])
+    out = weights @ (key if value is None else value).to(dtype)
+    return out.unflatten(2, (share, query.shape[2])).flatten(1, 2).to(key.dtype)
+
+
+def _rows_at(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """Rows of x [B, ..., N, ...], N at `dim`, at index [B, K]."""
+    shape = [*x.shape]
+    shape[dim] = index.shape[1]
+    places = index.reshape(len(index), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1))
+    return x.gather(dim, places.expand(shape))
+
+
+def _rows_or_zeros(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """`_rows_at`, with zeros where the index is -1."""
+    missing = (index < 0).reshape(len(index), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1))
+    return _rows_at(x, index.long().clamp(min=0), dim).masked_fill(missing, 0)

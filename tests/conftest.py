@@ -17,6 +17,9 @@ HERE = Path(__file__).parent
 # Read when huggingface_hub is first imported: no test may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Read when torch is first imported: workers share the cores, a test has one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Read when triton is first imported: kernels run on the CPU where there is no card.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ["TRITON_INTERPRET"] = "1"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vlattn import ops
 from vlattn.kernels.reference import accumulation_dtype
+from vlattn.kernels.reference_flowcut_statistics import entropy, shares
 
 
 def flowcut_score(
@@ -33,6 +34,9 @@ def flowcut_score(
     Returns:
         (score [B, P], attention [B, P]): the score, and the head-mean attention over patches, not renormalised.
     """
+    if semantic == "softmax":
+        found = ops.flowcut_statistics(value, cls_attention=cls_attention, alive=alive)
+        return found.score, found.attention
     dtype = accumulation_dtype(value.dtype)
     v = value.to(dtype, memory_format=torch.contiguous_format)
     attention = cls_attention.to(dtype).mean(1)[:, 1:]  # [B, P]
@@ -40,16 +44,9 @@ def flowcut_score(
     size = mean_value[:, 1:].abs().sum(-1)
     if semantic == "none":
         return shares(attention) * size, attention
-    if semantic == "softmax":
-        logits = (v @ v[:, :, 0, :, None]).squeeze(-1)  # [B, H, 1 + P], no 1 / sqrt(D)
-        if alive is not None:
-            dead = F.pad(~alive, (1, 0))[:, None]
-            logits = logits.masked_fill(dead, -torch.inf)
-        similarity = logits.softmax(-1).mean(1)[:, 1:]
-    else:
-        similarity = F.cosine_similarity(mean_value[:, :1], mean_value[:, 1:], dim=-1).clamp(min=0)
-        if alive is not None:
-            similarity = similarity * alive
+    similarity = F.cosine_similarity(mean_value[:, :1], mean_value[:, 1:], dim=-1).clamp(min=0)
+    if alive is not None:
+        similarity = similarity * alive
     return (shares(attention) + shares(similarity)) * size, attention
 
 
@@ -95,11 +92,6 @@ def proxy_score(
     return (shares(attention) + shares(similarity)) * size, attention
 
 
-def shares(weights: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to sum to 1; a row that vanished (CLS relates to itself alone) stays 0 instead of turning NaN."""
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-
-
 def running_average(average: torch.Tensor | None, score: torch.Tensor) -> torch.Tensor:
     """Half the past, half this layer; the first layer is taken whole. [B, P] each."""
     return score if average is None else 0.5 * average + 0.5 * score
@@ -122,9 +114,9 @@ def adaptive_count(attention: torch.Tensor, alive: torch.Tensor, target: int, re
     surplus = (alive - target).clamp(min=0)
     if remaining == 0:
         return surplus
-    p = shares(attention)
-    h = torch.special.entr(p).sum(-1) / alive.clamp(min=2).to(p.dtype).log()  # 0 log 0 = 0
-    n = (surplus.to(p.dtype) / math.sqrt(remaining) * (1 - h * h)).round().long()
+    dtype = attention.dtype
+    h = entropy(attention) / alive.clamp(min=2).to(dtype).log()
+    n = (surplus.to(dtype) / math.sqrt(remaining) * (1 - h * h)).round().long()
     return n.clamp(min=0).minimum(surplus)
 
 

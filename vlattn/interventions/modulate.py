@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlattn import ops
 from vlattn.checks import require_count
 from vlattn.errors import InputError
+from vlattn.kernels.dispatch import Backend
 from vlattn.kernels.reference import accumulation_dtype
 from vlattn.runtime.routing import AttentionCall, Plain, scaled_logits
 from vlattn.runtime.session import Session
@@ -81,11 +83,38 @@ class Boost(Plain, ABC):
         index, gamma = self._raised(call, found)
         if 2 * index.shape[1] > call.key.shape[2]:
             return None
-        # Whole rows are copied, which a gather of single numbers is several times slower at.
-        raised = torch.stack([keys.index_select(1, rows) for keys, rows in zip(call.key, index, strict=True)])
-        added = scaled_logits(call.query, raised, scaling).abs() * gamma[:, None, None]  # [B, H, Q, n]
+        # Prompt by prompt, so that the few keys stay in a cache; and whole rows of them, which a gather of single
+        # numbers is several times slower at.
+        logits = [
+            scaled_logits(query[None], keys.index_select(1, rows)[None], scaling)
+            for query, keys, rows in zip(call.query, call.key, index, strict=True)
+        ]
+        added = torch.cat(logits).abs() * gamma[:, None, None]  # [B, H, Q, n]
         places = index[:, None, None].expand_as(added)
         return added.new_zeros(*added.shape[:3], call.key.shape[2]).scatter_add(3, places, added)
+
+    def fused(
+        self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self._fused(call, allowed, scaling, backend)
+
+    def _fused(
+        self,
+        call: AttentionCall,
+        allowed: torch.Tensor,
+        scaling: float | None,
+        backend: Backend | None,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`fused` with the weights of heads that are known."""
+        found = self._strength(call)
+        assert found is not None
+        rows = call.last_rows(allowed, scaling)
+        gamma = F.pad(found, (0, call.key.shape[2] - call.prompt))  # [B, K]
+        made = ops.grouped_attention(
+            **rows, groups=call.visual.to(torch.uint8), gamma=gamma, head_weights=weights, backend=backend
+        )
+        return made.output, (gamma > 0).any(1)[:, None, None].expand(made.output.shape[:3])
 
     def _raised(self, call: AttentionCall, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Places of the keys that are raised [B, n] and their strengths; a row with fewer is filled with strength 0."""

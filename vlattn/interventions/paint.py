@@ -25,6 +25,7 @@ from vlattn.interventions.paint_watch import watch_tower
 from vlattn.interventions.prumerge import PruMerge
 from vlattn.interventions.tome import ToMe
 from vlattn.interventions.visionzip import VisionZip
+from vlattn.kernels.dispatch import Backend
 from vlattn.models.qwen2_vl import Qwen2VLAdapter
 from vlattn.runtime.hooks import HookSet, as_keywords, cached_length
 from vlattn.runtime.routing import AttentionCall
@@ -185,6 +186,13 @@ class _InformedVisual(Boost):
 
     def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
         return None if self._method.head_weights else super().bias(call, scaling)
+
+    def fused(
+        self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._method.head_weights and call.layer not in self._heads:
+            return None  # they are measured on weights
+        return self._fused(call, allowed, scaling, backend, self._heads.get(call.layer))
 
     def head_weights(self, call: AttentionCall, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor | None:
         if self._method.head_weights is None:

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlattn import ops
 from vlattn.checks import require_bool, require_count, require_number
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
 from vlattn.interventions.var_calibrate import check_tau
 from vlattn.interventions.var_redistribute import KeySets, Masses, Rule, image_centric, redistribute
 from vlattn.interventions.var_sinks import TAU, SinkChannels, known_channels, sink_strength
+from vlattn.kernels.dispatch import Backend
 from vlattn.models.adapter import Adapter
 from vlattn.runtime.hooks import HookSet, as_keywords
 from vlattn.runtime.routing import AttentionCall, Plain
@@ -230,19 +232,48 @@ class _Run(Plain):
         return layer.prompt.rows if call.prefill else call.query.shape[2]
 
     def weights(self, call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        layer = self.layers[call.layer]
-        behind = (0, weights.shape[3] - call.prompt)
-        sink = F.pad(layer.sink.to(weights.device), behind)  # [B, K]: nothing generated is a sink
-        sets = KeySets(sink, call.visual & ~F.pad(layer.prompt.newline.to(weights.device), behind))
+        sets = self._sets(call)
         masses = Masses.of(weights, sets)
         chosen = image_centric(masses, sets, self.rule)  # [B, H, R]
-        if call.prefill:
-            after = layer.prompt.after.to(weights.device)[:, None]  # [B, 1]
-            from_end = torch.arange(weights.shape[2], 0, -1, device=weights.device)
-            chosen &= (from_end <= after)[:, None]
-            pairs = after[:, 0].clamp(min=1) * weights.shape[1]
-            self.changed[call.layer] = (chosen.sum((1, 2)).double() / pairs).tolist()
+        eligible = self._eligible(call, weights.shape[2])
+        if eligible is not None:
+            chosen &= eligible[:, None]
+            self._note(call, chosen)
         return redistribute(weights, sets, masses, chosen, self.rule.move), chosen
+
+    def fused(
+        self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        eligible = self._eligible(call, allowed.shape[2])
+        made = ops.grouped_attention(
+            **call.last_rows(allowed, scaling),
+            groups=self._sets(call).groups,
+            edited_rows=eligible,
+            redistribution=self.rule,
+            backend=backend,
+        )
+        assert made.chosen is not None
+        if eligible is not None:
+            self._note(call, made.chosen)
+        return made.output, made.chosen
+
+    def _sets(self, call: AttentionCall) -> KeySets:
+        layer, device = self.layers[call.layer], call.visual.device
+        behind = (0, call.visual.shape[1] - call.prompt)
+        sink = F.pad(layer.sink.to(device), behind)  # [B, K]: nothing generated is a sink
+        return KeySets(sink, call.visual & ~F.pad(layer.prompt.newline.to(device), behind))
+
+    def _eligible(self, call: AttentionCall, rows: int) -> torch.Tensor | None:
+        """Which of the last rows are behind the image of their own prompt: bool [B, R]; None behind the prompt, for
+        all."""
+        if not call.prefill:
+            return None
+        after = self.layers[call.layer].prompt.after.to(call.visual.device)[:, None]  # [B, 1]
+        return torch.arange(rows, 0, -1, device=after.device) <= after
+
+    def _note(self, call: AttentionCall, chosen: torch.Tensor) -> None:
+        pairs = self.layers[call.layer].prompt.after.to(chosen.device).clamp(min=1) * chosen.shape[1]
+        self.changed[call.layer] = (chosen.sum((1, 2)).double() / pairs).tolist()
 
     def _begin(self, layer: int) -> _Layer:
         """A layer of a new prompt: where its sinks are."""

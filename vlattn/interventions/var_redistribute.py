@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vlattn.kernels.grouped_types import Redistribution as Rule
+
 
 @dataclass(frozen=True)
 class KeySets:
@@ -32,16 +34,11 @@ class KeySets:
         """Visual tokens that are no sinks."""
         return self.image & ~self.sink
 
-
-@dataclass(frozen=True)
-class Rule:
-    """The numbers of the method; see `VAR` for their meaning."""
-
-    rho_nonsink: float
-    min_visual_mass: float
-    move: float
-    require_visual_sink: bool
-    eps: float
+    @property
+    def groups(self) -> torch.Tensor:
+        """uint8 [B, K], as `vlattn.ops.grouped_attention` names them."""
+        sink = self.sink.to(torch.uint8)
+        return torch.where(self.image, 1 + sink, 3 * sink)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlattn import ops
 from vlattn.interventions.vhd import joined, require_image, without_outliers
+from vlattn.kernels.dispatch import Backend
 from vlattn.runtime.routing import AttentionCall, Plain, weighted_values
 
 
@@ -57,11 +59,24 @@ class KnockOut(Plain):
         return 1 if call.prefill else call.query.shape[2]
 
     def logits(self, call: AttentionCall, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        scores, rest = knockout_outputs(logits, allowed, call.visual, call.value)
+        self._note(call, *knockout_outputs(logits, allowed, call.visual, call.value))
+        return logits
+
+    def fused(
+        self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, groups = call.last_rows(allowed, scaling), call.visual.to(torch.uint8)
+        made = ops.grouped_attention(**rows, groups=groups, knockout=True, backend=backend)
+        assert made.shift is not None
+        assert made.without is not None
+        self._note(call, made.shift, made.without)
+        return made.output, torch.zeros_like(made.shift, dtype=torch.bool)
+
+    def _note(self, call: AttentionCall, scores: torch.Tensor, rest: torch.Tensor) -> None:
+        """Keep scores [B, H, R]; rest: outputs without image keys [B, H, R, d]."""
         if self.remove_outliers:
             scores = without_outliers(scores.transpose(1, 2), rest.transpose(1, 2)).transpose(1, 2)
         self.found.setdefault(call.layer, []).append(scores)
-        return logits
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlattn import ops
 from vlattn.checks import require_bool
 from vlattn.errors import InputError
 from vlattn.interventions.base import Intervention
@@ -108,7 +109,7 @@ class VHR(Intervention):
 class _Run:
     """The method on one model, and the factors of the prompts at hand.
 
-    scale: {layer: [B, 1, H * d]}, what the input of a layer's output projection is multiplied by.
+    scale: {layer: [B, H]}, what each head in the input of a layer's output projection is multiplied by.
     """
 
     def __init__(self, method: VHR, session: Session, trace: Trace, layers: tuple[int, ...]) -> None:
@@ -180,7 +181,7 @@ class _Run:
             x = args[0]  # [B, N, H * d]
             if layer not in self.scale:
                 self._choose_now(layer, split_heads(self.session.adapter, layer, x[:, -1:].detach())[:, -1])
-            return (x * self.scale[layer], *args[1:]), kwargs
+            return (ops.head_scale(x, self.scale[layer]), *args[1:]), kwargs
 
         return hook
 
@@ -192,7 +193,7 @@ class _Run:
 
         def edit(x: torch.Tensor) -> torch.Tensor:
             self._choose(layer, seeing, split_heads(self.session.adapter, layer, x[:, -1:])[:, -1])
-            return x * self.scale[layer]
+            return ops.head_scale(x, self.scale[layer])
 
         self.stream.run_through(layer, edit)
 
@@ -202,8 +203,7 @@ class _Run:
         assert self.prompt is not None
         measured = self.prompt.only_where_image(vhd_scores(seeing, blind))  # [B, H]
         heads = select_heads(without_outliers(measured, blind) if self.method.remove_outliers else measured)
-        scale = torch.ones_like(seeing).masked_fill(heads[..., None], self.method.alpha)  # [B, H, d]
-        self.scale[layer] = scale.flatten(1)[:, None]
+        self.scale[layer] = torch.ones_like(seeing[..., 0]).masked_fill(heads, self.method.alpha)
         notes: Any = self.trace.notes
         notes["vhd"][layer], notes["heads"][layer] = measured, heads
         if len(self.scale) == len(self.layers):

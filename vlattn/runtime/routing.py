@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlattn.errors import InputError
+from vlattn.kernels.dispatch import Backend, uses_triton
 from vlattn.kernels.reference import accumulation_dtype
 from vlattn.runtime.hooks import Gate, HookSet
 
@@ -51,6 +52,17 @@ class AttentionCall:
     alive: torch.Tensor
     prompt: int
 
+    def last_rows(self, allowed: torch.Tensor, scaling: float | None) -> dict[str, Any]:
+        """Arguments of `vlattn.ops.grouped_attention` for the last R rows; allowed: bool [B or 1, 1, R, K]."""
+        rows = allowed.shape[2]
+        return {
+            "q": self.query[:, :, -rows:],
+            "k": self.key,
+            "v": self.value,
+            "scale": self.query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "key_mask": allowed[:, 0].expand(self.key.shape[0], -1, -1),
+        }
+
 
 class AttentionEdit(Protocol):
     """What a method does to attention rows. `rows` says how many of the last query rows it wants, 0 for none."""
@@ -70,6 +82,13 @@ class AttentionEdit(Protocol):
         [B, H, Q, K]; None where it does nothing, cannot be said so, or would not be cheaper. Asked before `rows`."""
         ...
 
+    def fused(
+        self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All that the edit does to the last R rows, by an op that makes no weights: output [B, H, R, d] and which rows
+        changed (bool [B, H, R]); None where no op covers it. Asked behind `rows`, instead of `logits` and `weights`."""
+        ...
+
 
 class Plain:
     """Defaults for edits that act on logits or weights alone."""
@@ -81,6 +100,11 @@ class Plain:
         return weights, None
 
     def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
+        return None
+
+    def fused(
+        self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
 
 
@@ -95,7 +119,12 @@ class _Route:
 
 
 class AttentionEdits:
-    """The edits on one model's decoder."""
+    """The edits on one model's decoder.
+
+    backend: of the ops that edit rows without making their weights; None for Triton on a GPU, and weights elsewhere.
+    """
+
+    backend: Backend | None = None
 
     def __init__(self, adapter: Adapter, cuts: DecoderCuts, gate: Gate) -> None:
         self._adapter, self._cuts, self._gate = adapter, cuts, gate
@@ -139,6 +168,8 @@ class AttentionEdits:
         if self._gate.closed or self._cuts.prefill or kwargs.get("softcap") is not None:
             return None
         edits = self._edits[layer]
+        if len(edits) == 1 and uses_triton(query, self.backend):
+            return None  # a kernel does it without the mask
         # A second edit would have to see the logits of the first.
         call = self._call(layer, query, key, value) if len(edits) == 1 else None
         added = None if call is None else edits[0].bias(call, kwargs.get("scaling"))
@@ -149,8 +180,11 @@ class AttentionEdits:
 
     def edit(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The last R rows edited: (output [B, R, H, d], which rows changed bool [B, R, H], weights); None for none."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """The last R rows edited: (output [B, R, H, d], which rows changed bool [B, R, H], weights); None for none.
+
+        keep_weights (in `kwargs`): whether weights must come with them. Otherwise they are None where a kernel ran.
+        """
         if self._gate.closed:
             return None
         call = self._call(layer, query, key, value)
@@ -162,8 +196,12 @@ class AttentionEdits:
         if not most:
             return None
         allowed = self._allowed_keys(mask, call.alive, most, kwargs.get("sliding_window"))
-        logits = scaled_logits(query[:, :, -most:], key, kwargs.get("scaling"))
         cap = kwargs.get("softcap")
+        if len(edits) == 1 and cap is None and not kwargs.get("keep_weights") and uses_triton(query, self.backend):
+            made = edits[0].fused(call, allowed, kwargs.get("scaling"), self.backend)
+            if made is not None:
+                return (made[0].transpose(1, 2), made[1].transpose(1, 2), None) if bool(made[1].any()) else None
+        logits = scaled_logits(query[:, :, -most:], key, kwargs.get("scaling"))
         if cap is not None:
             logits = (logits / cap).tanh() * cap
         touched = logits.new_zeros(logits.shape[:3], dtype=torch.bool)
@@ -242,7 +280,10 @@ def _routed(base: str) -> Callable[..., Any]:
             masked = route.owner.as_mask(route.layer, query, key, value, mask, **kwargs)
             if masked is not None:
                 return function(module, query, key, value, masked, **kwargs)
-        edited = None if route is None else route.owner.edit(route.layer, query, key, value, mask, **kwargs)
+        edited = None
+        if route is not None:
+            keep = base == "eager"
+            edited = route.owner.edit(route.layer, query, key, value, mask, keep_weights=keep, **kwargs)
         if edited is not None and base != "eager" and edited[1].shape[1] == query.shape[2] and bool(edited[1].all()):
             return edited[0], None  # every row of every head is replaced, as in most decode steps
         output, weights = function(module, query, key, value, mask, **kwargs)
@@ -251,7 +292,7 @@ def _routed(base: str) -> Callable[..., Any]:
         rows, touched, made = edited
         n = rows.shape[1]
         output = torch.cat([output[:, :-n], torch.where(touched[..., None], rows, output[:, -n:])], 1)
-        if weights is not None:
+        if weights is not None and made is not None:
             new = torch.where(touched.transpose(1, 2)[..., None], made.to(weights.dtype), weights[:, :, -n:])
             weights = torch.cat([weights[:, :, :-n], new], 2)
         return output, weights

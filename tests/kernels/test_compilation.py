@@ -1,0 +1,79 @@
+"""Every kernel in every configuration compiles for cards that are not here, spills no registers and fits into them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlattn.kernels
+from vlattn import ops
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+REFERENCE_ONLY = {"head_scale"}
+"""Ops that are one line of PyTorch on every device."""
+
+
+def resources(folder: Path, *targets: str) -> list[dict[str, Any]]:
+    """What `benchmarks/kernel_resources.py` finds, in a process without the interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = folder / "resources.json"
+    command = [sys.executable, PROGRAM, "--targets", *targets, "--jobs", "2", "--out", out]
+    subprocess.run(command, check=True, capture_output=True, env={**kept, "TRITON_CACHE_DIR": str(folder / "cache")})
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["kernels"]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_no_kernel_spills_registers_or_exceeds_the_shared_memory_of_nvidia_cards(target: str, tmp_path: Path) -> None:
+    rows = resources(tmp_path, target)
+    assert len(rows) > 50
+    assert [row for row in rows if "error" in row] == []
+    assert [row for row in rows if row["spilled"] or row["shared"] > row["shared_limit"]] == []
+    assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_100", "gfx942"])
+def test_most_kernels_compile_for_newer_and_other_cards(target: str, tmp_path: Path) -> None:
+    rows = resources(tmp_path, target)
+    compiled = [row for row in rows if "error" not in row]
+    assert {row["module"] for row in compiled} == {row["module"] for row in rows}
+    assert len(compiled) > 0.9 * len(rows)
+
+
+def modules() -> list[str]:
+    return [found.name for found in pkgutil.iter_modules(vlattn.kernels.__path__)]
+
+
+def test_every_op_has_a_file_that_names_its_compilations() -> None:
+    names = [name for name, thing in vars(ops).items() if getattr(thing, "__module__", "") == ops.__name__]
+    public = {name for name in names if not name.startswith("_")} - REFERENCE_ONLY
+    assert {"select_tokens", "gather_kv", "pooled_probe"} <= public
+    for name in public:
+        assert name in modules(), f"kernels/{name}.py"
+        found = importlib.import_module(f"vlattn.kernels.{name}").compilations()
+        assert found, name
+        titles = [one.name for one in found]
+        assert len(titles) == len(set(titles)), name
+        for one in found:
+            given = set(one.signature) | set(one.constants)
+            assert not set(one.signature) & set(one.constants), one.name
+            assert given == set(one.kernel.arg_names), one.name
+
+
+def test_every_compilation_has_half_and_full_precision_of_its_kernel() -> None:
+    for name in ("pooled_probe", "select_tokens"):
+        found = importlib.import_module(f"vlattn.kernels.{name}").compilations()
+        kinds = {(one.kernel.__name__, "fp32" if " fp32 " in one.name else "bf16") for one in found}
+        assert {kernel for kernel, kind in kinds if kind == "bf16"} == {k for k, kind in kinds if kind == "fp32"}
