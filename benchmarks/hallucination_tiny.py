@@ -6,8 +6,8 @@ For every method of configs/hallucination_tiny.yaml, each setting of its main kn
 (CHAIR) and ordinary questions (counts and places) about the tuning images, a part of tiny COCO `val` told apart by a
 hash of the image id. The setting with the fewest hallucinated mentions among those that lose at most `slack` of POPE F1
 and of ordinary accuracy there is the tuned one. Then vanilla, the default and the tuned setting answer about other
-images, beside the controls of some methods, and only those answers are reported: with 95% bootstrap intervals by image, and differences from vanilla paired
-by image. `--work` keeps every answer, so a run that was cut off goes on from there.
+images, beside the controls of some methods, and only those answers are reported: with 95% bootstrap intervals by image,
+and differences from vanilla paired by image. `--work` keeps every answer, so a run that was cut off goes on from there.
 """
 
 from __future__ import annotations

@@ -229,7 +229,8 @@ def compilations() -> list[Compilation]:
         for wide, configs in CONFIGS.items():
             for width in (256,) if wide else (64, 128):
                 found += [_compare_compilation(fp32, width, config) for config in configs]
-    return [*found, *(_rate_compilation(tokens, given) for tokens in (1024, 2048, MAX_TOKENS) for given in (False, True))]
+    sizes = (1024, 2048, MAX_TOKENS)
+    return [*found, *(_rate_compilation(tokens, given) for tokens in sizes for given in (False, True))]
 
 
 def _compare_compilation(fp32: bool, width: int, config: triton.Config) -> Compilation:

@@ -208,7 +208,8 @@ def grouped_attention(
         lse, mass, partial, knockout, chunk,
     )  # fmt: skip
     asked = (True, lse, mass, partial, knockout, knockout, redistribution is not None)
-    return GroupedAttention(*(x if wanted else None for x, wanted in zip(made, asked, strict=True)))
+    given: list[Any] = [x if wanted else None for x, wanted in zip(made, asked, strict=True)]
+    return GroupedAttention(*given)
 
 
 # Compilation for cards that are not there -----------------------------------------------------------------------------

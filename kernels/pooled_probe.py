@@ -199,7 +199,7 @@ def _(
         out, lse = torch.ops.vlattn.pooled_probe(joined, key, value, mask, scale)
         sets = (info.batch_size, -1)
         return (out.unflatten(2, sets), lse.unflatten(2, sets)), (2, 2)
-    given = list(zip((query, key, value, mask), in_dims, strict=False))
+    given: list[tuple[Any, int | None]] = list(zip((query, key, value, mask), in_dims, strict=False))
     done = [
         torch.ops.vlattn.pooled_probe(*(x if dim is None else x.select(dim, i) for x, dim in given), scale)
         for i in range(info.batch_size)

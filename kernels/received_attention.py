@@ -27,7 +27,7 @@ SPLIT = 128
 def load_columns(
     x: T, i: T, d: T, x_i: T, x_d: T, left: T, EDGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
 ) -> T:
-    """Rows i of x as columns [D, I], 0 beyond its width, and beyond `left` rows where a tile may reach over the EDGE."""
+    """Rows i of x as columns [D, I], 0 beyond its width, and beyond `left` rows where a tile may reach the EDGE."""
     where = x + i[None, :] * x_i + d[:, None] * x_d
     if EDGE:
         there = (i < left)[None, :]

@@ -126,6 +126,9 @@ def received_attention(
         )
     arguments = (scale, causal, key_mask, query_mask, lse, return_max)
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, lse))
+    sums: torch.Tensor
+    best: torch.Tensor | None
+    found: torch.Tensor | None
     if _kernel_takes(q, backend, return_max and gradients):
         from vlattn.kernels import received_attention as kernel
 
