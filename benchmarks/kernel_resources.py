@@ -46,6 +46,15 @@ def find(only: Sequence[str] = ()) -> list[tuple[str, int]]:
     return found
 
 
+def firsts(work: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """One configuration of each kernel and dtype."""
+    found: dict[tuple[str, str, bool], tuple[str, int]] = {}
+    for name, place in work:
+        one = importlib.import_module(f"vlattn.kernels.{name}").compilations()[place]
+        found.setdefault((name, one.kernel.__name__, "*bf16" in one.signature.values()), (name, place))
+    return list(found.values())
+
+
 def measure(what: tuple[str, int], target: str) -> dict[str, Any]:
     """One row: what one compilation needs, or why it fails."""
     from vlattn.kernels.compilation import SHARED_LIMIT, resources
@@ -89,13 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="ops of vlattn.ops; all without it")
+    parser.add_argument("--first", action="store_true", help="only one configuration of each kernel and dtype")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if one does not compile, spills or exceeds")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args, console = parser.parse_args(argv), Console()
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
     import triton
 
-    work = [(what, target) for target in args.targets for what in find(args.only)]
+    chosen = firsts(find(args.only)) if args.first else find(args.only)
+    work = [(what, target) for target in args.targets for what in chosen]
     if args.jobs > 1:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             rows = list(pool.map(measure, *zip(*work, strict=True), chunksize=4))
@@ -106,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = {"benchmark": "kernel_resources", "triton": triton.__version__, "kernels": rows}
         args.out.write_text(as_text(found))
         console.print(f"wrote {args.out}")
+    if args.strict and not all(map(fits, rows)):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

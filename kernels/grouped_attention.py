@@ -39,10 +39,13 @@ CONFIGS: dict[tuple[str, int], list[triton.Config]] = {
     ("many", 512): [_config(32, 64, 8, 2)],
     ("wide", 256): [_config(64, 32, 8, 2), _config(32, 64, 8, 2), _config(32, 32, 4, 2)],
     ("wide", 1024): [_config(16, 64, 8, 2)],
-    ("fp32", 256): [_config(16, 32, 8, 2)],
-    ("fp32", 384): [_config(16, 16, 4, 2)],
-    ("fp32", 512): [_config(16, 16, 8, 2)],
-    ("fp32 wide", 1024): [_config(16, 32, 8, 1)],
+    ("fp32, 1 set", 256): [_config(16, 32, 8, 2)],
+    ("fp32, 2 sets", 256): [_config(16, 32, 8, 2)],
+    ("fp32, 2 sets", 512): [_config(16, 32, 8, 1)],
+    ("fp32, 3 sets", 192): [_config(16, 32, 8, 2)],
+    ("fp32, 3 sets", 384): [_config(16, 16, 4, 2)],
+    ("fp32, 3 sets", 768): [_config(16, 32, 8, 1)],
+    ("fp32, 4 sets", 1024): [_config(16, 16, 8, 2)],
 }
 """{(kind, the most numbers that the sums of a row are): configurations}; others spill registers on sm_80 or sm_90."""
 _KEY = ["KEYS", "ROWS", "WIDTH", "SETS", "CAUSAL", "MASK"]
@@ -54,7 +57,7 @@ def _kind(lines: int, sets: int, width: int, fp32: bool) -> tuple[str, int]:
     """Which of CONFIGS. lines: rows times query heads of a key head."""
     padded = triton.next_power_of_2(width)
     if fp32:
-        name = "fp32 wide" if padded > 128 else "fp32"
+        name = f"fp32, {sets} set{'s' * (sets > 1)}"
     else:
         name = "few" if lines <= FEW else "wide" if padded > 128 else "many"
     return name, min(most for kind, most in CONFIGS if kind == name and sets * padded <= most)

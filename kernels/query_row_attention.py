@@ -109,11 +109,11 @@ FEW = 16
 CONFIGS: dict[tuple[bool, bool, bool], list[triton.Config]] = {
     (True, False, False): [_config(16, 64, 4, 4), _config(16, 128, 4, 3), _config(16, 32, 4, 4)],
     (True, False, True): [_config(16, 64, 4, 3), _config(16, 32, 4, 3)],
-    (True, True, False): [_config(16, 32, 8, 3), _config(16, 64, 8, 2)],
+    (True, True, False): [_config(16, 32, 8, 3), _config(16, 16, 4, 3)],
     (True, True, True): [_config(16, 32, 4, 2), _config(16, 16, 4, 2)],
     (False, False, False): [_config(64, 64, 4, 3), _config(64, 128, 4, 2), _config(32, 64, 4, 3)],
     (False, False, True): [_config(64, 64, 4, 2), _config(32, 64, 4, 2)],
-    (False, True, False): [_config(32, 32, 8, 2), _config(16, 32, 8, 2)],
+    (False, True, False): [_config(16, 32, 8, 2), _config(32, 16, 8, 2)],
     (False, True, True): [_config(32, 16, 4, 2), _config(16, 32, 4, 2)],
 }
 _TUNED = {kind: Tuned(row_weights, configs, ["LINES", "KEYS", "WIDTH", "MASK"]) for kind, configs in CONFIGS.items()}

@@ -147,12 +147,22 @@ def test_features_are_the_mean_patch_and_the_start_is_white(tmp_path: Path) -> N
 
 
 def test_a_linear_encoder_keeps_its_start() -> None:
-    encoder = FeatureLinear(3, 5, torch.tensor([1.0, 2.0, 3.0]))
-    again = FeatureLinear(3, 5)
+    encoder, again = FeatureLinear(3, 5), FeatureLinear(3, 5)
+    encoder.fit(torch.tensor([1.0, 2.0, 3.0]), torch.randn(9, 3))
     again.load_state_dict(encoder.state_dict())
     assert again.start().tolist() == [[1.0, 2.0, 3.0]]
     with pytest.raises(InputError, match=r"start: got shape \[2\]"):
-        FeatureLinear(3, 5, torch.zeros(2))
+        again.fit(torch.zeros(2), torch.zeros(4, 3))
+
+
+@torch.no_grad()
+def test_features_have_mean_0_and_variance_1_before_the_linear_map() -> None:
+    encoder, sample = FeatureLinear(3, 5), torch.randn(50, 3) * torch.tensor([30.0, 0.1, 1.0]) + 7
+    sample[:, 2] = 4.0
+    encoder.fit(torch.zeros(3), sample)
+    scaled = (sample[:, :2] - sample[:, :2].mean(0)) / sample[:, :2].std(0, correction=0)
+    expected = scaled @ encoder.out.weight[:, :2].T + encoder.out.bias  # what never changes says nothing
+    torch.testing.assert_close(encoder(sample), expected, atol=1e-4, rtol=0)
 
 
 def test_a_model_of_features_asks_for_its_backbone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 from vlattn.errors import InputError
 from vlattn.gaze.decode import Decoding, generate
 from vlattn.gaze.oat import OAT
-from vlattn.gaze.oat_batch import Search
-from vlattn.gaze.oat_file import load_oat, save_oat
+from vlattn.gaze.oat_batch import OATData, Search
+from vlattn.gaze.oat_config import OATConfig
+from vlattn.gaze.oat_file import load_oat, make_looks, save_oat
 from vlattn.gaze.splits import GazeSplit
 from vlattn.gaze.train import OATResult, train_oat
 from vlattn.gaze.train_behaviour import delta, mean_behaviour
@@ -155,6 +157,31 @@ def test_a_resumed_run_has_the_weights_of_a_whole_one(
     ]
     assert logs[0] == logs[1]
     assert whole.record["test"] == resumed.record["test"]
+
+
+class Colours:
+    """A backbone whose two tokens are the mean colours of an upper and a lower half."""
+
+    name, dim = "colours", 3
+
+    def transform(self, train: bool) -> Any:
+        return lambda image: torch.from_numpy(np.asarray(image.resize((4, 4)), np.float32)).permute(2, 0, 1)
+
+    def __call__(self, pixels: torch.Tensor) -> Any:
+        return SimpleNamespace(patches=pixels.unflatten(2, (2, 2)).mean((3, 4)).transpose(1, 2))
+
+
+def test_a_backbones_features_can_take_the_place_of_the_convolutions(split: GazeSplit, tmp_path: Path) -> None:
+    config = OATConfig.small(encoder_layers=1, decoder_layers=1)
+    result = train_oat(split, config, OATTraining(epochs=1), out=tmp_path, backbone=Colours())
+    again, about = load_oat(tmp_path)
+    assert (again.config.appearance, again.config.features) == ("features", 3)
+    assert about["looks"] == {"looks": "features", "backbone": "colours", "dim": 3}
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    data = OATData(split.test, make_looks(split.test, again.config, Colours()))
+    searches = [Search(trial.scene, 1) for trial in split.test.trials]
+    assert generate(again, data, searches) == generate(result.model, data, searches)
 
 
 def test_a_finished_run_is_read_and_not_run_again(oat: Any, split: GazeSplit, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Every kernel in every configuration compiles for cards that are not here, spills no registers and fits into them."""
+"""Every kernel compiles for cards that are not here, spills no registers and fits into them.
+
+One configuration of each kernel and dtype here; all of them take minutes and run in continuous integration:
+`python benchmarks/kernel_resources.py --targets sm_80 sm_90 --strict`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ def resources(folder: Path, *targets: str) -> list[dict[str, Any]]:
     """What `benchmarks/kernel_resources.py` finds, in a process without the interpreter."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = folder / "resources.json"
-    command = [sys.executable, PROGRAM, "--targets", *targets, "--jobs", "2", "--out", out]
+    command = [sys.executable, PROGRAM, "--targets", *targets, "--first", "--out", out]
     subprocess.run(command, check=True, capture_output=True, env={**kept, "TRITON_CACHE_DIR": str(folder / "cache")})
     rows: list[dict[str, Any]] = json.loads(out.read_text())["kernels"]
     return rows
@@ -37,7 +41,7 @@ def resources(folder: Path, *targets: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_no_kernel_spills_registers_or_exceeds_the_shared_memory_of_nvidia_cards(target: str, tmp_path: Path) -> None:
     rows = resources(tmp_path, target)
-    assert len(rows) > 50
+    assert len(rows) > 20
     assert [row for row in rows if "error" in row] == []
     assert [row for row in rows if row["spilled"] or row["shared"] > row["shared_limit"]] == []
     assert all(0 < row["registers"] <= 255 for row in rows)
@@ -64,7 +68,7 @@ def test_every_op_has_a_file_that_names_its_compilations() -> None:
         assert name in modules(), f"kernels/{name}.py"
         found = importlib.import_module(f"vlattn.kernels.{name}").compilations()
         assert found, name
-        titles = [one.name for one in found]
+        titles = [(one.name, one.warps, one.stages, str(sorted(one.constants.items(), key=str))) for one in found]
         assert len(titles) == len(set(titles)), name
         for one in found:
             given = set(one.signature) | set(one.constants)

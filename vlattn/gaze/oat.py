@@ -50,8 +50,8 @@ class OAT(nn.Module):
     Batch first: [B, T, ...]. Each look is encoded once, for encoder and decoder.
     """
 
-    def __init__(self, config: OATConfig | None = None, start: torch.Tensor | None = None) -> None:
-        """config: None is the published model. start: see `FeatureLinear`."""
+    def __init__(self, config: OATConfig | None = None) -> None:
+        """config: None is the published model."""
         super().__init__()
         config = self.config = config or OATConfig()
         half = config.dim // 2
@@ -60,7 +60,7 @@ class OAT(nn.Module):
             self.appearance = CropCNN(half, config.crop, config.levels, config.scaling)
         else:
             assert config.features is not None
-            self.appearance = FeatureLinear(config.features, half, start)
+            self.appearance = FeatureLinear(config.features, half)
         self.positions = PositionTable(
             config.positions, half, config.rows, config.sigma, config.scale,
             steps=config.table_steps, seed=config.table_seed,
@@ -177,8 +177,8 @@ def exclude(logits: torch.Tensor, objects: int, first: bool) -> torch.Tensor:
     return logits.masked_fill(banned, -torch.inf)
 
 
-def make_oat(config: OATConfig | None = None, seed: int = 0, start: torch.Tensor | None = None) -> OAT:
+def make_oat(config: OATConfig | None = None, seed: int = 0) -> OAT:
     """A new model whose weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return OAT(config, start)
+        return OAT(config)

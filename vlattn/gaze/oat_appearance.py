@@ -73,25 +73,44 @@ class CropCNN(Appearance):
 
 
 class FeatureLinear(Appearance):
-    """Linear on features of a frozen backbone.
+    """Linear on features of a frozen backbone, each brought to mean 0 and variance 1.
 
-    features: their width. start: [features] for the object before the first; a trained model keeps it.
+    Backbones give features of any size, and large ones would drown positions for many epochs.
+
+    features: their width.
     """
 
     first: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
 
-    def __init__(self, features: int, dim: int = 256, start: torch.Tensor | None = None) -> None:
+    def __init__(self, features: int, dim: int = 256) -> None:
         super().__init__()
         require_count("features", features)
-        if start is not None and start.shape != (features,):
-            raise InputError(f"start: got shape {list(start.shape)}; give one feature vector [{features}]")
         self.shape = (features,)
         self.out = nn.Linear(features, dim)
-        self.register_buffer("first", torch.zeros(features) if start is None else start.detach().float())
+        for name, value in (("first", 0.0), ("mean", 0.0), ("std", 1.0)):
+            self.register_buffer(name, torch.full((features,), value))
+
+    @torch.no_grad()
+    def fit(self, start: torch.Tensor, sample: torch.Tensor) -> None:
+        """Take what stands for the object before the first [features], and mean and variance of a sample [N, features].
+
+        A model keeps both. A feature that is the same everywhere is left at 0.
+        """
+        for name, given, shape in (("start", start, start.shape), ("sample", sample, sample.shape[1:])):
+            if tuple(shape) != self.shape or not given.isfinite().all() or not len(given):
+                raise InputError(
+                    f"{name}: got shape {list(given.shape)}; give finite features, {self.shape[0]} of each object"
+                )
+        self.first.copy_(start)
+        self.mean.copy_(sample.mean(0))
+        spread = sample.std(0, correction=0)
+        self.std.copy_(torch.where(spread > 1e-6 * (1 + self.mean.abs().to(spread)), spread, torch.inf))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[N, features] -> [N, dim]."""
-        out: torch.Tensor = self.out(features.to(self.out.weight))
+        out: torch.Tensor = self.out((features.to(self.out.weight) - self.mean) / self.std)
         return out
 
     def start(self) -> torch.Tensor:

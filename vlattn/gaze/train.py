@@ -13,6 +13,7 @@ import torch
 from vlattn.errors import InputError
 from vlattn.gaze.crops import FeatureLooks
 from vlattn.gaze.oat import OAT, make_oat
+from vlattn.gaze.oat_appearance import FeatureLinear
 from vlattn.gaze.oat_batch import OATData, Search, searches_of
 from vlattn.gaze.oat_config import OATConfig
 from vlattn.gaze.oat_file import load_oat, make_looks, save_oat
@@ -67,12 +68,9 @@ def train_oat(
     for name, part in parts.items():
         if not part:
             raise InputError(f"split: {name} has no trial with fixations on objects and its target in the scene")
-    start = None
     if backbone is not None:
-        looks = FeatureLooks(split.train, backbone)
-        config, start = replace(config, appearance="features", features=looks.shape[0]), looks.start()
-    else:
-        looks = make_looks(split.train, config)  # type: ignore[assignment]
+        config = replace(config, appearance="features", features=int(backbone.dim))
+    looks = make_looks(split.train, config, backbone)
     if config.longest is None:
         config = replace(config, longest=max(len(one.path or ()) for one in parts["train"]))
     record = {
@@ -86,7 +84,10 @@ def train_oat(
     if result is not None:
         assert folder.path is not None
         return OATResult(load_oat(folder.path, device)[0], result)
-    model = make_oat(config, training.init_seed, start).to(device)
+    model = make_oat(config, training.init_seed).to(device)
+    if isinstance(looks, FeatureLooks) and isinstance(model.appearance, FeatureLinear):
+        seen = dict.fromkeys(one.scene for one in parts["train"])
+        model.appearance.fit(looks.start(), torch.cat([looks.of(split.train.scenes[name]) for name in seen]))
     data = OATData(split.train, looks, config.rows)
     run = OATRun(model, data, parts["train"], parts["val"], training)
     if state is not None:
