@@ -111,7 +111,7 @@ CONFIGS: dict[tuple[bool, bool, bool], list[triton.Config]] = {
     (True, False, True): [_config(16, 64, 4, 3), _config(16, 32, 4, 3)],
     (True, True, False): [_config(16, 32, 8, 3), _config(16, 16, 4, 3)],
     (True, True, True): [_config(16, 32, 4, 2), _config(16, 16, 4, 2)],
-    (False, False, False): [_config(64, 64, 4, 3), _config(64, 128, 4, 2), _config(32, 64, 4, 3)],
+    (False, False, False): [_config(64, 64, 4, 3), _config(32, 64, 4, 3)],
     (False, False, True): [_config(64, 64, 4, 2), _config(32, 64, 4, 2)],
     (False, True, False): [_config(16, 32, 8, 2), _config(32, 16, 8, 2)],
     (False, True, True): [_config(32, 16, 4, 2), _config(16, 32, 4, 2)],
