@@ -105,36 +105,32 @@ def eager(q: torch.Tensor, k: torch.Tensor, causal: bool) -> Callable[[], torch.
 
 
 def query_row_attention(make: Maker) -> Iterator[Case]:
-    for full, small in (
-        ((16, 16, 16, 1, 577, 64), (1, 2, 1, 1, 17, 16)),
-        ((8, 32, 8, 16, 4096, 128), (1, 4, 2, 3, 33, 16)),
-    ):
-        b, h, kv, r, n, d = make.choose(full, small)
+    def case(b: int, h: int, kv: int, r: int, n: int, d: int) -> Case:
         q, k = make.noise(b, h, r, d), make.noise(b, kv, n, d)
-        yield Case(
+        return Case(
             "query_row_attention", f"{b} x {h}/{kv} heads, {r} of {n} rows, D {d}",
-            lambda how, q=q, k=k: ops.query_row_attention(q, k, scale=q.shape[-1] ** -0.5, backend=how),
+            lambda how: ops.query_row_attention(q, k, scale=d**-0.5, backend=how),
             2 * b * h * r * n * d, size(q, k) + 4 * b * h * r * n,
-            {"sdpa": lambda q=q, k=k: F.scaled_dot_product_attention(q, k, k, enable_gqa=q.shape[1] != k.shape[1])},
+            {"sdpa": lambda: F.scaled_dot_product_attention(q, k, k, enable_gqa=h != kv)},
         )  # fmt: skip
+
+    yield case(*make.choose((16, 16, 16, 1, 577, 64), (1, 2, 1, 1, 17, 16)))
+    yield case(*make.choose((8, 32, 8, 16, 4096, 128), (1, 4, 2, 3, 33, 16)))
 
 
 def received_attention(make: Maker) -> Iterator[Case]:
-    for causal, full, small in (
-        (False, (4, 16, 16, 2048, 64), (1, 2, 2, 17, 16)),
-        (True, (2, 32, 8, 4096, 128), (1, 4, 2, 33, 16)),
-    ):
-        b, h, kv, n, d = make.choose(full, small)
+    def case(causal: bool, b: int, h: int, kv: int, n: int, d: int) -> Case:
         q, k = make.noise(b, h, n, d), make.noise(b, kv, n, d)
-        yield Case(
+        return Case(
             "received_attention", f"{b} x {h}/{kv} heads, N {n}, D {d}{', causal' if causal else ''}",
-            lambda how, q=q, k=k, causal=causal: ops.received_attention(
-                q, k, scale=q.shape[-1] ** -0.5, causal=causal, backend=how
-            ),
+            lambda how: ops.received_attention(q, k, scale=d**-0.5, causal=causal, backend=how),
             4 * b * h * n * n * d / (1 + causal), size(q, k) + 4 * b * h * n,
             {"flash": flash(q, k, torch.randn_like(k), causal), "eager": eager(q, k, causal)},
             {"flash": 1.1, "eager": 1 / 20},
         )  # fmt: skip
+
+    yield case(False, *make.choose((4, 16, 16, 2048, 64), (1, 2, 2, 17, 16)))
+    yield case(True, *make.choose((2, 32, 8, 4096, 128), (1, 4, 2, 33, 16)))
 
 
 def flowcut_statistics(make: Maker) -> Iterator[Case]:
@@ -224,28 +220,27 @@ def pooled_probe(make: Maker) -> Iterator[Case]:
 
 
 def grouped_attention(make: Maker) -> Iterator[Case]:
-    for title, full, small in (
-        ("prefill", (1, 32, 8, 4096, 128), (1, 4, 2, 33, 16)),
-        ("decode", (8, 32, 8, 4096, 128), (2, 4, 2, 33, 16)),
-    ):
-        b, h, kv, n, d = make.choose(full, small)
-        rows = n if title == "prefill" else 1
+    def case(title: str, edited: bool, rows: int, b: int, h: int, kv: int, n: int, d: int) -> Case:
         q, k, v = make.noise(b, h, rows, d), make.noise(b, kv, n, d), make.noise(b, kv, n, d)
         groups = torch.zeros(b, n, dtype=torch.uint8, device=make.device)
         groups[:, n // 8 : n // 2], groups[:, n // 4], groups[:, 0] = 1, 2, 3
-        edits = {
-            "plain": {},
-            "VAR and VHR": {"redistribution": Redistribution(), "head_scale": make.noise(b, h).abs().float()},
-        }
-        for name, edit in edits.items():
-            yield Case(
-                "grouped_attention", f"{title}, {name}, {b} x {h}/{kv} heads, N {n}, D {d}",
-                lambda how, q=q, k=k, v=v, groups=groups, edit=edit: ops.grouped_attention(
-                    q, k, v, groups, scale=q.shape[-1] ** -0.5, causal=True, backend=how, **edit
-                ).output,
-                4 * b * h * rows * n * d / (2 if rows > 1 else 1), size(q, k, v, q),
-                {"flash": flash(q, k, v, causal=rows > 1)}, {"flash": 1.25},
-            )  # fmt: skip
+        edit: dict[str, Any] = {}
+        if edited:
+            edit = {"redistribution": Redistribution(), "head_scale": make.noise(b, h).abs().float()}
+
+        def run(how: Any) -> torch.Tensor:
+            return ops.grouped_attention(q, k, v, groups, scale=d**-0.5, causal=True, backend=how, **edit).output
+
+        return Case(
+            "grouped_attention", f"{title}{', VAR and VHR' if edited else ''}, {b} x {h}/{kv} heads, N {n}, D {d}", run,
+            4 * b * h * rows * n * d / (2 if rows > 1 else 1), size(q, k, v, q),
+            {"flash": flash(q, k, v, causal=rows > 1)}, {"flash": 1.25},
+        )  # fmt: skip
+
+    for edited in (False, True):
+        shape = make.choose((1, 32, 8, 4096, 128), (1, 4, 2, 33, 16))
+        yield case("prefill", edited, shape[3], *shape)
+        yield case("decode", edited, 1, *make.choose((8, 32, 8, 4096, 128), (2, 4, 2, 33, 16)))
 
 
 def head_scale(make: Maker) -> Iterator[Case]:

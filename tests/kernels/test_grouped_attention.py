@@ -176,7 +176,7 @@ def test_the_reference_is_what_plain_loops_give(
 @pytest.mark.parametrize("rule", RULES, ids=["default", "all", "eps"])
 def test_redistribution_is_what_var_does_to_dense_weights_and_to_merged_softmaxes(rule: Redistribution) -> None:
     chosen_rows = 0
-    for seed in range(5):
+    for seed in range(3):
         case = Case((2, 4, 2, 5, 40, 8), seed, plain=True, sharpness=2)
         sets = KeySets(sink=case.groups >= 2, image=(case.groups == 1) | (case.groups == 2))
         assert torch.equal(sets.groups, case.groups)
@@ -199,7 +199,7 @@ def test_redistribution_is_what_var_does_to_dense_weights_and_to_merged_softmaxe
             assert torch.equal(found.chosen, chosen)
             assert torch.equal(found.chosen, chosen_too)
         chosen_rows += int(chosen.sum())
-    assert 0 < chosen_rows < 5 * chosen.numel()
+    assert 0 < chosen_rows < 3 * chosen.numel()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -275,7 +275,7 @@ def test_triton_is_the_reference_over_577_keys(rows: int) -> None:
     assert_same(case.run("triton", **asked), case.run(**asked), TOLERANCE[torch.float32])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     size=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.integers(0, 50),
                    st.integers(1, 20)),
