@@ -25,12 +25,11 @@ def uses_triton(tensor: torch.Tensor, backend: Backend | None) -> bool:
     """
     if backend == "reference":
         return False
-    here = importlib.util.find_spec("triton") is not None
     if backend is None:
-        return here and tensor.is_cuda and tensor.dtype != torch.float64
+        return tensor.is_cuda and tensor.dtype != torch.float64 and _installed()
     if backend != "triton":
         raise InputError(f"backend: got {backend!r}; give 'triton', 'reference', or None for what fits the device")
-    if not here:
+    if not _installed():
         raise InputError("backend: 'triton' is not installed here; install it, or give 'reference'")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
@@ -38,3 +37,7 @@ def uses_triton(tensor: torch.Tensor, backend: Backend | None) -> bool:
             "TRITON_INTERPRET=1 before the start, which interprets kernels on a CPU"
         )
     return True
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

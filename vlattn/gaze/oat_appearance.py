@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,14 +19,14 @@ LEVELS = (2, 3, 4)
 """How deep a pyramid can be: bins of 1, 2 x 2, 4 x 4, 8 x 8."""
 
 
-class Appearance(nn.Module):
+class Appearance(nn.Module, ABC):
     """Looks of objects [N, *shape] to [N, dim], and what stands for the object before the first fixation."""
 
     shape: tuple[int, ...]
 
+    @abstractmethod
     def start(self) -> torch.Tensor:
         """One look [1, *shape], as `forward` takes it, for the beginning of a path and for padding."""
-        raise NotImplementedError
 
 
 class CropCNN(Appearance):

@@ -17,6 +17,7 @@ from vlattn.gaze.crops import CropLooks, FeatureLooks
 from vlattn.gaze.oat import OAT
 from vlattn.gaze.oat_config import OATConfig
 from vlattn.gaze.trial import GazeSet
+from vlattn.runtime.run_folder import replacing
 
 _FORMAT = "vlattn OAT 1"
 
@@ -27,9 +28,8 @@ def save_oat(model: OAT, path: str | Path, about: Mapping[str, Any] | None = Non
     out.parent.mkdir(parents=True, exist_ok=True)
     record = json.dumps({"config": model.config.to_json(), "about": dict(about or {})})
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    partial = out.with_suffix(".partial")
-    save_file(state, str(partial), metadata={"format": _FORMAT, "oat": record})
-    partial.replace(out)
+    with replacing(out) as partial:
+        save_file(state, str(partial), metadata={"format": _FORMAT, "oat": record})
     return out
 
 

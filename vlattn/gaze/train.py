@@ -129,7 +129,7 @@ def _finish(
     }
     if folder.path is not None:
         save_oat(run.model, folder.path / MODEL, {**(about or {}), "looks": data.looks.describe()})
-    folder.finish(result)
+    folder.write_result(result)
     return OATResult(run.model.eval(), result)
 
 

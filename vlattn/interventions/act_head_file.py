@@ -11,6 +11,7 @@ from typing import Any
 from vlattn.errors import InputError
 from vlattn.interventions.dyvte_gates import ModelPrint
 from vlattn.models.adapter import Adapter
+from vlattn.runtime.run_folder import replacing
 
 FORMAT = "vlattn-act-heads-1"
 
@@ -94,10 +95,8 @@ def write_heads(path: str | Path, content: Mapping[str, Any], adapter: Adapter, 
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = {"format": FORMAT, "model": dataclasses.asdict(ModelPrint.of(adapter, name)), **content}
-    # Written beside and renamed: a file that is there is whole.
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+    with replacing(file) as partial:  # a file that is there is whole
+        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def embedded_heads() -> Path:

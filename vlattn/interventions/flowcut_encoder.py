@@ -98,6 +98,9 @@ class EncoderFlow:
         scale = q.shape[-1] ** -0.5
         if not self.lead:
             return proxy_score(q, k, v, scale, alive, self.semantic)
+        if self.semantic == "softmax":  # the row of CLS and what values say in one pass over keys and values
+            found = ops.flowcut_statistics(v, cls_query=q[:, :, 0], k=k, scale=scale, alive=alive)
+            return found.score, found.attention
         keys = None if alive is None else F.pad(alive, (1, 0), value=True)
         row = ops.query_row_attention(q[:, :, :1], k, scale=scale, key_mask=keys)
         return flowcut_score(row[:, :, 0], v, alive, self.semantic)

@@ -22,6 +22,7 @@ from vlattn.probing.backbones.timm_backbone import timm_images
 from vlattn.probing.backbones.transforms import eval_transform
 from vlattn.probing.data.digits import digits
 from vlattn.probing.train_seed import seeded
+from vlattn.runtime.run_folder import replacing
 
 STEPS = 300
 """Updates by default, about a minute on one core."""
@@ -66,9 +67,8 @@ def digits_backbone(
         else:
             _train(model, steps, progress)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(partial))
-            partial.replace(file)
+            with replacing(file) as partial:
+                save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(partial))
     return model.eval().requires_grad_(False)
 
 

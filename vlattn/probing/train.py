@@ -22,7 +22,7 @@ from vlattn.probing.train_result import EpochRecord, ProbeResult
 from vlattn.probing.train_run import ProbeRun
 from vlattn.probing.train_seed import seeded
 from vlattn.probing.train_source import Source
-from vlattn.probing.train_state import RunFolder
+from vlattn.probing.train_state import ProbeFolder, load_result
 from vlattn.probing.train_world import join_world
 from vlattn.runtime.machine import describe_machine
 
@@ -87,12 +87,13 @@ def train_probe(
     extra = head.pooler.branch_losses
     if extra is not None:  # a run of the same pooler on the loss of the bag alone is another run
         decides["branch_losses"] = vars(extra)
-    folder = RunFolder(out, decides, world.rank == 0)
+    folder = ProbeFolder(out, decides, world.rank == 0)
     bank = HeadBank(head, len(settings.given_rates)).to(world.device)
     run = ProbeRun(train, val, bank, parse_pooler(pooler)[2], classes, settings, world)
-    state = folder.start(resume)
-    if isinstance(state, ProbeResult):
-        return state
+    state, done = folder.start(resume)
+    if done is not None:
+        assert folder.path is not None
+        return load_result(folder.path)
     if state is not None:
         run.load_state_dict(state)
     with progress_bar(settings.epochs, len(run.epochs), progress and world.rank == 0) as heard:

@@ -14,6 +14,7 @@ from vlattn.errors import InputError
 from vlattn.probing.head import ProbeHead, inference_state, make_head
 from vlattn.probing.settings import ProbeSettings
 from vlattn.probing.train_loss import Metric
+from vlattn.runtime.run_folder import plain
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,3 @@ class ProbeResult:
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("states", "kept")}
         found: dict[str, Any] = plain({**kept, "best": self.best})
         return found
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it: dataclasses as dicts, tuples as lists, numbers that are not finite as None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from vlattn.errors import InputError
 from vlattn.interventions.dyvte_gates import CONFIG, DyVTEGates, ModelPrint
+from vlattn.runtime.run_folder import replacing
 from vlattn.training.dyvte_branches import Branches, GateTask, answered_prompts
 from vlattn.training.dyvte_tasks import CollectedTasks, collect_tasks
 from vlattn.training.examples import Example
@@ -242,9 +243,6 @@ class DyVTETrainer:
         return 0
 
     def _save_checkpoint(self, step: int) -> None:
-        """Written beside and renamed, so that a kill leaves the old or the new one, never half of one."""
-        path = self.out / CHECKPOINT
-        partial = path.with_suffix(".partial")
         state = {
             "step": step,
             "record": json.dumps(self.record, sort_keys=True),
@@ -253,8 +251,8 @@ class DyVTETrainer:
             "optimiser": self.optimiser.state_dict(),
             "balance": [dataclasses.astuple(self.balance[layer]) for layer in range(self.branches.layers)],
         }
-        torch.save(state, partial)
-        partial.replace(path)
+        with replacing(self.out / CHECKPOINT) as partial:
+            torch.save(state, partial)
 
     def _resume(self) -> int:
         path = self.out / CHECKPOINT

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from vlattn.errors import InputError
 from vlattn.eval.answer import fingerprint
 from vlattn.interventions.dyvte_gates import ModelPrint
+from vlattn.runtime.run_folder import replacing
 from vlattn.training.dyvte_branches import Branches, GateTask, answered_prompts
 from vlattn.training.examples import Example
 
@@ -72,10 +73,9 @@ def collect_tasks(
         chunk = examples[start : start + batch_size]
         if not file.is_file():
             found = branches.run(answered_prompts(processor, chunk, branches.model.device), range(branches.layers))
-            # Written beside and renamed: a file that is there is whole.
-            partial = file.with_suffix(".partial")
-            save_file({name: torch.stack([getattr(t, name).cpu() for t in found.values()]) for name in "uy"}, partial)
-            partial.replace(file)
+            with replacing(file) as partial:  # a file that is there is whole
+                stacked = {name: torch.stack([getattr(t, name).cpu() for t in found.values()]) for name in "uy"}
+                save_file(stacked, partial)
         parts.append(load_file(file))
         advance(len(chunk))
     return CollectedTasks(*(torch.cat([part[name] for part in parts], 1) for name in "uy"))
