@@ -76,12 +76,15 @@ def eval_table(report: dict[str, Any]) -> Any:
         caption="+ higher is better, - lower; people: each against the others; loss: nats a step, the end included; "
         "sim: mean chance of the next fixation",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("metric", no_wrap=True)
     table.add_column("")
     for name in (*models, "people"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold", min_width=5)
     for name, about in report["about"].items():
+        if name.startswith("multimatch.") and name != "multimatch.mean4":
+            continue  # the file has them
         cells = [_value(one["metrics"][name]) for one in models.values()]
         sign = "+" if about["better"] == "higher" else "-"
         table.add_row(name, sign, *cells, _value(report["human"].get(name)))
