@@ -10,10 +10,8 @@ import torch
 
 import vlattn
 from vlattn.errors import InputError
-from vlattn.interventions.modulate import Boost
 from vlattn.interventions.pai import PAI
 from vlattn.interventions.paint import PAINT
-from vlattn.runtime.routing import AttentionEdits
 
 NEW = 4
 # Layers from 1 on and a low fence, so that small models have something to raise.
@@ -441,31 +439,3 @@ def test_a_joined_feature_layer_is_refused(tiny: ModuleType) -> None:
     model = tiny.llava(decoder_layers=4, image_size=16, feature_layer=[-2, -3])
     with pytest.raises(InputError, match=r"vision_feature_layer: .* joins several layers"):
         PAINT()(model).attach()
-
-
-def test_decode_steps_leave_the_rows_to_sdpa_and_agree_with_rows_made_densely(
-    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = build(tiny, attn="sdpa")
-    dense_rows: list[bool] = []
-    edit = AttentionEdits.edit
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = edit(self, *args, **kwargs)
-        dense_rows.append(found is not None)
-        return found
-
-    def logits() -> torch.Tensor:
-        dense_rows.clear()
-        with METHOD(model), torch.no_grad():
-            how = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-            return torch.stack(model.generate(**inputs, **how).logits)
-
-    monkeypatch.setattr(AttentionEdits, "edit", counted)
-    through_mask = logits()
-    # The last row of the prompts in layers 1 to 3, and nothing behind it.
-    assert sum(dense_rows) == 3
-    monkeypatch.setattr(Boost, "bias", lambda self, call, scaling: None)
-    densely = logits()
-    assert sum(dense_rows) == 3 * NEW
-    torch.testing.assert_close(through_mask, densely, atol=1e-5, rtol=1e-5)

@@ -18,7 +18,7 @@ from vlattn.checks import require_count
 from vlattn.errors import InputError
 from vlattn.kernels.dispatch import Backend
 from vlattn.kernels.reference import accumulation_dtype
-from vlattn.runtime.routing import AttentionCall, Plain, scaled_logits
+from vlattn.runtime.routing import AttentionCall, Plain
 from vlattn.runtime.session import Session
 
 
@@ -49,7 +49,6 @@ class Boost(Plain, ABC):
         self._session, self._at_prefill = session, at_prefill
         # By layer: the sequence that the layer runs on, and the strengths of its keys; None where none is above 0.
         self._known: dict[int, tuple[Any, torch.Tensor | None]] = {}
-        self._places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @abstractmethod
     def strength(self, tokens: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -75,24 +74,6 @@ class Boost(Plain, ABC):
             gamma = gamma * weights[..., None, None]  # [B, H, 1, K]
         return modulate(logits, gamma, allowed)
 
-    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
-        """gamma |s| on the raised keys, for which alone s is computed here; None where they are most of all keys."""
-        found = self._strength(call)
-        if found is None:
-            return None
-        index, gamma = self._raised(call, found)
-        if 2 * index.shape[1] > call.key.shape[2]:
-            return None
-        # Prompt by prompt, so that the few keys stay in a cache; and whole rows of them, which a gather of single
-        # numbers is several times slower at.
-        logits = [
-            scaled_logits(query[None], keys.index_select(1, rows)[None], scaling)
-            for query, keys, rows in zip(call.query, call.key, index, strict=True)
-        ]
-        added = torch.cat(logits).abs() * gamma[:, None, None]  # [B, H, Q, n]
-        places = index[:, None, None].expand_as(added)
-        return added.new_zeros(*added.shape[:3], call.key.shape[2]).scatter_add(3, places, added)
-
     def fused(
         self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -115,15 +96,6 @@ class Boost(Plain, ABC):
             **rows, groups=call.visual.to(torch.uint8), gamma=gamma, head_weights=weights, backend=backend
         )
         return made.output, (gamma > 0).any(1)[:, None, None].expand(made.output.shape[:3])
-
-    def _raised(self, call: AttentionCall, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of the keys that are raised [B, n] and their strengths; a row with fewer is filled with strength 0."""
-        known = self._places.get(call.layer)
-        if known is None or known[0] is not found:
-            most = int((found > 0).sum(-1).max())
-            index = found.gt(0).to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
-            self._places[call.layer] = known = (found, index, found.gather(1, index))
-        return known[1], known[2]
 
     def _strength(self, call: AttentionCall) -> torch.Tensor | None:
         now = self._session.cuts.at(call.layer)

@@ -184,9 +184,6 @@ class _InformedVisual(Boost):
             self._heads.pop(call.layer, None)
         return super().rows(call)
 
-    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
-        return None if self._method.head_weights else super().bias(call, scaling)
-
     def fused(
         self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:

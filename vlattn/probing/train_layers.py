@@ -11,6 +11,7 @@ from vlattn.probing.settings import ProbeSettings
 from vlattn.probing.train import train_probe
 from vlattn.probing.train_result import ProbeResult
 from vlattn.probing.train_source import Source
+from vlattn.probing.train_state import begun
 
 
 def train_layers(
@@ -46,6 +47,6 @@ def train_layers(
     for layer in layers:
         train, val = sources(layer)
         folder = None if out is None else Path(out) / f"layer_{layer}"
-        begun = resume and (folder is None or any(folder.glob("*")))
-        found[layer] = train_probe(train, val, pooler, classes, settings, out=folder, resume=begun, **options)
+        again = resume and (folder is None or begun(folder))
+        found[layer] = train_probe(train, val, pooler, classes, settings, out=folder, resume=again, **options)
     return found

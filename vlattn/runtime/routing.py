@@ -77,11 +77,6 @@ class AttentionEdit(Protocol):
         """New weights [B, H, R, K] (fp32) and which rows changed (bool [B, H, R]); None for none."""
         ...
 
-    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
-        """All that the edit does to all query rows of a decode step, as what is added to their scaled logits
-        [B, H, Q, K]; None where it does nothing, cannot be said so, or would not be cheaper. Asked before `rows`."""
-        ...
-
     def fused(
         self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -98,9 +93,6 @@ class Plain:
 
     def weights(self, call: AttentionCall, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return weights, None
-
-    def bias(self, call: AttentionCall, scaling: float | None) -> torch.Tensor | None:
-        return None
 
     def fused(
         self, call: AttentionCall, allowed: torch.Tensor, scaling: float | None, backend: Backend | None
@@ -159,24 +151,6 @@ class AttentionEdits:
         config = self._adapter.text_config
         self._before = config._attn_implementation
         config._attn_implementation = register(self._before or "eager")
-
-    def as_mask(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-    ) -> torch.Tensor | None:
-        """The mask [B, H, Q, K] under which the base attention does what all edits of a layer do; None where there is
-        none, as at a prefill, whose other rows stay as they are."""
-        if self._gate.closed or self._cuts.prefill or kwargs.get("softcap") is not None:
-            return None
-        edits = self._edits[layer]
-        if len(edits) == 1 and uses_triton(query, self.backend):
-            return None  # a kernel does it without the mask
-        # A second edit would have to see the logits of the first.
-        call = self._call(layer, query, key, value) if len(edits) == 1 else None
-        added = None if call is None else edits[0].bias(call, kwargs.get("scaling"))
-        if call is None or added is None:
-            return None
-        allowed = self._allowed_keys(mask, call.alive, query.shape[2], kwargs.get("sliding_window"))
-        return added.masked_fill(~allowed, torch.finfo(added.dtype).min)
 
     def edit(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
@@ -276,10 +250,6 @@ def _routed(base: str) -> Callable[..., Any]:
     ) -> Any:
         function = _base(module, base)
         route = _ROUTES.get(module)
-        if route is not None and base == "sdpa":
-            masked = route.owner.as_mask(route.layer, query, key, value, mask, **kwargs)
-            if masked is not None:
-                return function(module, query, key, value, masked, **kwargs)
         edited = None
         if route is not None:
             keep = base == "eager"
@@ -307,6 +277,9 @@ def _base(module: nn.Module, base: str) -> Callable[..., Any]:
 
 
 # Dense rows -----------------------------------------------------------------------------------------------------------
+_BLOCK = 2**20  # bytes of keys that are widened at once; they stay in a core's cache
+
+
 def allowed_keys(mask: Any, alive: torch.Tensor, rows: int, window: int | None = None) -> torch.Tensor:
     """Which keys the last `rows` query rows may look at, bool [B or 1, 1, rows, K].
 
@@ -335,8 +308,27 @@ def scaled_logits(query: torch.Tensor, key: torch.Tensor, scaling: float | None)
     dtype = accumulation_dtype(query.dtype)
     batch, heads, rows, width = query.shape
     grouped = query.to(dtype).reshape(batch, key.shape[1], -1, width)  # [B, H_kv, G * R, d]
-    logits = grouped @ key.to(dtype).transpose(-1, -2)
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if key.device.type == "cpu" and key.dtype != dtype and not wanted:
+        logits = _in_blocks(grouped.flatten(0, 1), key.flatten(0, 1))
+    else:
+        logits = grouped @ key.to(dtype).mT
     return logits.view(batch, heads, rows, -1) * (width**-0.5 if scaling is None else scaling)
+
+
+def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query key^T [n, R, K] in the wider dtype of the queries [n, R, d], keys [n, K, d] widened a few heads at a time.
+
+    A wide copy of all keys would go to memory and back, several times what the keys themselves take to read.
+    """
+    step = max(1, _BLOCK // max(1, key[0].numel() * query.element_size()))
+    wide = query.new_empty(min(step, len(key)), *key.shape[1:])
+    logits = query.new_empty(len(key), query.shape[1], key.shape[1])
+    for start in range(0, len(key), step):
+        block = slice(start, start + step)
+        part = wide[: len(key[block])].copy_(key[block])
+        torch.bmm(query[block], part.mT, out=logits[block])
+    return logits
 
 
 def weighted_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
