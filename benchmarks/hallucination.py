@@ -110,6 +110,8 @@ def measure(batch: int, args: argparse.Namespace, console: Console, found: dict[
         handles.append(attach(models[name], method))
     found["layers"] = layers
     found.setdefault("methods", {}).update(chosen)
+    machine = describe_machine(args.device)
+    on = machine.get("gpu", machine["cpu"])  # by row: the file is added to, maybe on another machine
     for stage in (stage for stage in STAGES[:2] if stage in args.stages):
         make = partial(decoding, steps=args.steps) if stage == "decode" else filling
         arms: dict[str, Arm] = {name: make(one, inputs) for name, one in models.items()}
@@ -119,7 +121,12 @@ def measure(batch: int, args: argparse.Namespace, console: Console, found: dict[
             if name == "vanilla":
                 continue
             ratio, target = times[name].over(times["vanilla"]), TARGETS[stage].get(name)
-            found[stage][name] = {**ratio.rounded(), "target": target, "met": target is None or ratio.median <= target}
+            found[stage][name] = {
+                **ratio.rounded(),
+                "target": target,
+                "met": target is None or ratio.median <= target,
+                "on": on,
+            }
             console.print(f"batch {batch} {stage} {name}: {ratio.median:.3f} ({ratio.lower:.3f}-{ratio.upper:.3f})")
     if "memory" in args.stages:
         found["peak_memory"] = memory(models, inputs)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-_PART = 2**21  # bytes
+_PART = 3 * 2**19  # bytes
 
 
 def frozen_ep(tokens: torch.Tensor, query: torch.Tensor, slices: torch.Tensor, scale: float) -> torch.Tensor:
@@ -32,15 +33,20 @@ def frozen_ep(tokens: torch.Tensor, query: torch.Tensor, slices: torch.Tensor, s
 
 
 class _FrozenEP(torch.autograd.Function):
-    """The feature, and for backward the weights [B, N, M] and the sums P [B, M, D]."""
+    """The feature, and for backward the weights [B, M, N] and the sums P [B, M, D]."""
 
     @staticmethod
     def forward(
         tokens: torch.Tensor, query: torch.Tensor, slices: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        scores = (tokens.flatten(0, 1) @ (query * scale).T.contiguous()).unflatten(0, tokens.shape[:2])
-        weights = scores.softmax(1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        sums = torch.bmm(weights.to(tokens.dtype).mT, tokens)
+        (images, count, dim), queries, scaled = tokens.shape, len(query), query * scale
+        weights = tokens.new_empty(images, queries, count, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        sums = tokens.new_empty(images, queries, dim)
+        for part in _parts(sums):
+            here = tokens[part]
+            scores = F.linear(here.flatten(0, 1), scaled).unflatten(0, here.shape[:2])  # [b, N, M]
+            weights[part] = scores.mT.contiguous().softmax(2, dtype=weights.dtype)
+            torch.bmm(weights[part].to(tokens.dtype), here, out=sums[part])
         feature = torch.bmm(sums.transpose(0, 1), slices.mT).transpose(0, 1).flatten(1)
         return feature, weights, sums
 
@@ -64,8 +70,9 @@ class _FrozenEP(torch.autograd.Function):
         query_grad = tokens.new_zeros(queries, tokens.shape[2], dtype=weights.dtype)
         for part in _parts(sums):
             sums_grad = torch.bmm(grad[:, part], slices).permute(1, 2, 0)  # [b, D, M]
-            scores_grad = torch.baddbmm(-rows[part, None], tokens[part], sums_grad).mul_(weights[part])  # [b, N, M]
-            query_grad = query_grad + (scores_grad.flatten(0, 1).T @ tokens[part].flatten(0, 1)).to(weights.dtype)
+            scores_grad = torch.bmm(tokens[part], sums_grad).sub_(rows[part, None])  # [b, N, M]
+            scores_grad = scores_grad.mT.contiguous().mul_(weights[part])
+            query_grad = query_grad + torch.bmm(scores_grad, tokens[part]).sum(0, dtype=weights.dtype)
         return None, (query_grad * ctx.scale).to(tokens.dtype), slices_grad, None
 
     @staticmethod
@@ -85,7 +92,7 @@ class _FrozenEP(torch.autograd.Function):
             sets = (info.batch_size, -1)
             flat = [x.flatten(0, 1) for x in several[1:]]
             feature, weights, sums = _FrozenEP.apply(tokens, *flat, scale)
-            return (feature.unflatten(1, sets), weights.unflatten(2, sets), sums.unflatten(1, sets)), (1, 2, 1)
+            return (feature.unflatten(1, sets), weights.unflatten(1, sets), sums.unflatten(1, sets)), (1, 1, 1)
         done = [_FrozenEP.apply(*one, scale) for one in zip(*several, strict=True)]
         return tuple(torch.stack(parts) for parts in zip(*done, strict=True)), (0, 0, 0)
 
