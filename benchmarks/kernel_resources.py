@@ -6,12 +6,19 @@
 Kernels are compiled for the targets (sm_80: A100, sm_90: H100 and H200, sm_100: B200, gfx942: MI300) with the compilers
 that Triton brings along. A configuration that spills registers (bytes of a thread) or asks for more shared memory
 than a block may have is marked; on AMD, registers are vector registers and shared memory is LDS.
+
+What is compiled is what `compilations()` of each kernel's file lists: every configuration, for usual widths of heads
+and tokens, in bf16 and fp32, with all that one call can ask for. What only interventions and some towers need (a mask
+for each row, lengths that 16 does not divide, heads of 72 channels) is compiled in bf16 alone. Views whose last
+dimension is not contiguous run, but are not compiled here. `python benchmarks/kernel_page.py` puts the results into
+docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import multiprocessing
 import os
 import pkgutil
@@ -25,7 +32,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vlattn import ops
-from vlattn.runtime.compact_json import as_text
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -63,11 +69,10 @@ def measure(what: tuple[str, int], target: str) -> dict[str, Any]:
     one = importlib.import_module(f"vlattn.kernels.{name}").compilations()[place]
     numbers = [kind.lstrip("*") for kind in one.signature.values() if kind.startswith("*")]
     row: dict[str, Any] = {
-        "module": name,
-        "name": one.name,
+        "op": name,
         "kernel": one.kernel.__name__,
+        "name": one.name,
         "dtype": next((kind for kind in numbers if kind in ("bf16", "fp16")), numbers[0]),
-        "configuration": {key: value for key, value in one.constants.items() if key.isupper()},
         "warps": one.warps,
         "stages": one.stages,
         "target": target,
@@ -88,10 +93,23 @@ def report(console: Console, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         numbers = [str(row.get(key, "-")) for key in ("registers", "spilled", "shared")]
         mark = "" if fits(row) else row.get("error", "does not fit")
-        table.add_row(row["module"], row["name"], row["dtype"], row["target"], *numbers, mark)
+        table.add_row(row["op"], row["name"], row["dtype"], row["target"], *numbers, mark)
     console.print(table)
     bad = sum(not fits(row) for row in rows)
     console.print(f"{len(rows)} compilations, {bad} of them spill, exceed the shared memory or do not compile")
+
+
+def as_text(rows: Sequence[dict[str, Any]], triton: str) -> str:
+    """JSON with a line for each configuration: under each target [registers, spilled, shared], or why it fails."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        named = {key: row[key] for key in ("op", "kernel", "name", "dtype", "warps", "stages")}
+        numbers = row.get("error") or [row[key] for key in ("registers", "spilled", "shared")]
+        lines.setdefault(tuple(named.values()), named)[row["target"]] = numbers
+    limits = {row["target"]: row["shared_limit"] for row in rows}
+    head = {"benchmark": "kernel_resources", "triton": triton, "shared_limit": limits}
+    listed = ",\n".join(f"  {json.dumps(line)}" for line in lines.values())
+    return json.dumps(head, indent=1)[:-2] + f',\n "kernels": [\n{listed}\n ]\n}}\n'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [measure(*one) for one in work]
     report(console, rows)
     if args.out:
-        found = {"benchmark": "kernel_resources", "triton": triton.__version__, "kernels": rows}
-        args.out.write_text(as_text(found))
+        args.out.write_text(as_text(rows, triton.__version__))
         console.print(f"wrote {args.out}")
     if args.strict and not all(map(fits, rows)):
         raise SystemExit(1)

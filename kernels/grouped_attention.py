@@ -30,14 +30,16 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> triton.Config:
 FEW = 16
 """Up to as many rows, query heads of a key head counted apart, tiles have 16: decode steps."""
 CONFIGS: dict[tuple[str, int], list[triton.Config]] = {
-    ("few", 384): [_config(16, 64, 8, 3), _config(16, 32, 8, 3), _config(16, 64, 4, 2), _config(16, 32, 4, 3)],
+    ("few", 384): [_config(16, 64, 8, 3), _config(16, 32, 8, 3), _config(16, 32, 4, 3)],
     ("few", 1024): [_config(16, 64, 8, 3), _config(16, 32, 8, 3)],
     ("many", 64): [_config(128, 64, 8, 3), _config(128, 64, 8, 2), _config(64, 64, 4, 3), _config(64, 64, 8, 2)],
     ("many", 128): [_config(64, 64, 8, 2), _config(128, 32, 8, 2), _config(64, 32, 4, 2), _config(32, 64, 8, 2)],
     ("many", 256): [_config(64, 64, 8, 2), _config(64, 32, 8, 2), _config(32, 64, 8, 2), _config(32, 32, 4, 2)],
     ("many", 384): [_config(64, 32, 8, 2), _config(32, 64, 8, 2)],
     ("many", 512): [_config(32, 64, 8, 2)],
-    ("wide", 256): [_config(64, 32, 8, 2), _config(32, 64, 8, 2), _config(32, 32, 4, 2)],
+    ("by row", 192): [_config(64, 64, 8, 2), _config(32, 64, 8, 2)],
+    ("by row", 512): [_config(32, 32, 8, 2), _config(16, 64, 8, 2)],
+    ("wide", 256): [_config(64, 32, 8, 2), _config(32, 64, 8, 2)],
     ("wide", 1024): [_config(16, 64, 8, 2)],
     ("fp32, 1 set", 256): [_config(16, 32, 8, 2)],
     ("fp32, 2 sets", 256): [_config(16, 32, 8, 2)],
@@ -47,19 +49,23 @@ CONFIGS: dict[tuple[str, int], list[triton.Config]] = {
     ("fp32, 3 sets", 768): [_config(16, 32, 8, 1)],
     ("fp32, 4 sets", 1024): [_config(16, 16, 8, 2)],
 }
-"""{(kind, the most numbers that the sums of a row are): configurations}; others spill registers on sm_80 or sm_90."""
+"""{(kind, the most numbers that the sums of a row are): configurations}; others spill registers on sm_80 or sm_90.
+
+by row: wider sums under a mask of their own for each row, whose tiles take registers.
+"""
 _KEY = ["KEYS", "ROWS", "WIDTH", "SETS", "CAUSAL", "MASK"]
 _ATTEND = {kind: Tuned(attend, configs, _KEY) for kind, configs in CONFIGS.items()}
 _MERGE = Tuned(merge, [triton.Config({"BLOCK_M": 4}, num_warps=4)], ["WIDTH"])
 
 
-def _kind(lines: int, sets: int, width: int, fp32: bool) -> tuple[str, int]:
-    """Which of CONFIGS. lines: rows times query heads of a key head."""
+def _kind(lines: int, sets: int, width: int, fp32: bool, by_row: bool) -> tuple[str, int]:
+    """Which of CONFIGS. lines: rows times query heads of a key head. by_row: whether each row has a mask."""
     padded = triton.next_power_of_2(width)
     if fp32:
         name = f"fp32, {sets} set{'s' * (sets > 1)}"
     else:
-        name = "few" if lines <= FEW else "wide" if padded > 128 else "many"
+        many = "wide" if padded > 128 else "by row" if by_row and sets * padded > 64 else "many"
+        name = "few" if lines <= FEW else many
     return name, min(most for kind, most in CONFIGS if kind == name and sets * padded <= most)
 
 
@@ -131,7 +137,11 @@ def _grouped_attention(
     if not lines:
         return made  # type: ignore[return-value]
     sets = _sets(slack is not None, partial, knockout)
-    kind = _kind(rows * share, sets, width, q.dtype == torch.float32)
+    if key_mask is not None and key_mask.ndim == 3 and rows == 1:
+        key_mask = key_mask[:, 0]  # of a decode step
+    mask = None if key_mask is None else key_mask.view(torch.uint8)
+    by_row = mask is not None and mask.ndim == 3
+    kind = _kind(rows * share, sets, width, q.dtype == torch.float32, by_row)
     height = int(CONFIGS[kind][0].kwargs["BLOCK_M"])
     chunk = chunk or _chunk(triton.cdiv(rows * share, height) * batch * kv_heads, keys, q.device)
     splits = max(1, triton.cdiv(keys, chunk))
@@ -143,7 +153,6 @@ def _grouped_attention(
         None if x is None else x.to(dtype).contiguous()
         for x, dtype in ((edited_rows, torch.uint8), (head_weights, torch.float32), (head_scale, torch.float32))
     )
-    mask = None if key_mask is None else key_mask.view(torch.uint8)
     results = [x if x.numel() else None for x in (*made[:-1], made[-1].view(torch.uint8))]
     sizes = {"WIDTH": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "SETS": sets}
     ends = (sink_share, min_visual_mass, move, heads)
@@ -227,19 +236,24 @@ _UNASKED: dict[int, tuple[str, ...]] = {
 
 
 def compilations() -> list[Compilation]:
-    """Every configuration with all that it can be asked for at once, and the merge."""
+    """Every configuration with all that it can be asked for at once, and the merge.
+
+    Half precision also with what interventions give, who need no four sets: masks of their own for each row, lengths
+    that 16 does not divide, and a number of query heads per key head that is no power of 2.
+    """
     found = []
     for fp32 in (False, True):
         for width in (64, 128, 256):
             for sets in (1, 2, 3, 4):
                 for lines in (FEW, 4096):
-                    for config in CONFIGS[_kind(lines, sets, width, fp32)]:
-                        found.append(_compilation(fp32, width, sets, lines, config))
+                    for by_row in (False, True) if not fp32 and sets < 4 else (False,):
+                        configs = CONFIGS[_kind(lines, sets, width, fp32, by_row)]
+                        found += [_compilation(fp32, width, sets, lines, config, by_row) for config in configs]
                 found.append(_merge_compilation(fp32, width, sets))
     return found
 
 
-def _compilation(fp32: bool, width: int, sets: int, lines: int, config: triton.Config) -> Compilation:
+def _compilation(fp32: bool, width: int, sets: int, lines: int, config: triton.Config, by_row: bool) -> Compilation:
     half = "fp32" if fp32 else "bf16"
     names = attend.arg_names
     types = dict.fromkeys(names[names.index("heads") : names.index("SHARE")], "i32")
@@ -248,17 +262,21 @@ def _compilation(fp32: bool, width: int, sets: int, lines: int, config: triton.C
     types |= dict.fromkeys(("gamma", "weights", "slack", "head_scale", "stats", "split_sums"), "*fp32")
     types |= {name: f"*{kind}" for name, kind in {**_OPTIONAL, "mask": "u8", "edited": "u8", "groups": "i8"}.items()}
     constants: dict[str, Any] = dict.fromkeys(_UNASKED[sets])
-    constants |= {"q_d": 1, "k_d": 1, "v_d": 1, "groups_n": 1, "mask_n": 1, "gamma_n": 1, "mask_r": 0}
+    constants |= {"q_d": 1, "k_d": 1, "v_d": 1, "groups_n": 1, "mask_n": 1, "gamma_n": 1}
     if lines > FEW:
         constants |= {"stats": None, "split_sums": None}
-    constants |= {"SHARE": 4, "WIDTH": width, "BLOCK_D": width, "CAUSAL": True, "MASK": 1, "SETS": sets}
+    constants |= {"WIDTH": width, "BLOCK_D": width, "CAUSAL": True, "SETS": sets}
+    constants |= {"SHARE": 7, "MASK": 2} if by_row else {"SHARE": 4, "MASK": 1, "mask_r": 0}
     constants |= {"MASSES": sets > 1, "KEYS": 4096, "ROWS": lines, **config.kwargs}
     title = "x".join(str(config.kwargs[name]) for name in ("BLOCK_M", "BLOCK_N"))
     kept = {name: kind for name, kind in types.items() if name not in constants}
-    aligned = [name for name, kind in kept.items() if kind[0] == "*" or name in names[names.index("q_b") :]]
+    wide = names[names.index("q_b") : names.index("groups_b" if by_row else "SHARE")]
+    aligned = [name for name, kind in kept.items() if kind[0] == "*" or name in wide]
+    if by_row:
+        aligned.remove("mask")
     return Compilation(
-        f"attend {half} D{width} sets{sets} {'few' if lines <= FEW else 'many'} {title}", attend, kept, constants,
-        config.num_warps, config.num_stages, aligned,
+        f"attend {half} D{width} sets{sets} {'few' if lines <= FEW else 'many'} {title}{' by row' if by_row else ''}",
+        attend, kept, constants, config.num_warps, config.num_stages, aligned,
     )  # fmt: skip
 
 

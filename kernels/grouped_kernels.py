@@ -87,8 +87,14 @@ def attend(
     k += b * k_b + g * k_h
     v += b * v_b + g * v_h
     groups += b * groups_b
+    first = split * chunk
     if MASK > 0:
         mask += b * mask_b
+    # Far rows and keys are reached by scalars of 64 bits, tiles from there by 32.
+    if MASK == 2:
+        top_row = tile * BLOCK_M // SHARE
+        mask += top_row.to(tl.int64) * mask_r + first.to(tl.int64) * mask_n
+        line_of_mask = (tl.minimum(row, rows - 1) - top_row) * mask_r  # [M]
     if gamma is not None:
         gamma += b * gamma_b
         gate = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -104,7 +110,6 @@ def attend(
     empty = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums0, sums1, sums2, sums3 = empty, empty, empty, empty
 
-    first = split * chunk
     end = tl.minimum(first + chunk, keys)
     edge = end - BLOCK_N + 1  # tiles that start here or later do not lie inside
     if CAUSAL:
@@ -113,7 +118,6 @@ def attend(
         edge = tl.minimum(edge, tile * BLOCK_M // SHARE + keys - rows + 2 - BLOCK_N)
     # Kinds are read one tile ahead: everything in a tile waits for them.
     ahead = _kinds(groups, mask, first + n, end, groups_n, mask_n, MASK)
-    # Far keys are reached by scalars of 64 bits, tiles from there by 32.
     k += split.to(tl.int64) * chunk * k_n
     v += split.to(tl.int64) * chunk * v_n
     for start in range(first, end, BLOCK_N):
@@ -129,8 +133,8 @@ def attend(
             raised = tl.load(gamma + j * gamma_n, mask=j < end, other=0.0).to(tl.float32)
             s += gate[:, None] * raised[None, :] * tl.abs(s)
         if MASK == 2:
-            seen = tl.load(mask + row[:, None].to(tl.int64) * mask_r + j[None, :] * mask_n,
-                           mask=at[:, None] & (j < end)[None, :], other=0)  # fmt: skip
+            seen = tl.load(mask + line_of_mask[:, None] + n[None, :] * mask_n, mask=(j < end)[None, :], other=0)
+            mask += BLOCK_N * mask_n
             s = tl.where(seen != 0, s, float("-inf"))
         if MASK == 1:
             s = tl.where(live[None, :], s, float("-inf"))

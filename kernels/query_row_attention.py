@@ -51,6 +51,11 @@ def row_weights(
     cells = out + line[:, None] * keys
     if MASK > 0:
         mask += b * mask_b
+    if MASK == 2:
+        # Far rows and keys are reached by scalars of 64 bits, a tile from there by 32.
+        top_row = tile * BLOCK_M // SHARE
+        mask += top_row.to(tl.int64) * mask_r + first.to(tl.int64) * mask_n
+        line_of_mask = (tl.minimum(row, rows - 1) - top_row) * mask_r  # [M]
     top, z = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for start in range(first, end, BLOCK_N):
         j = start + n
@@ -59,8 +64,9 @@ def row_weights(
         if MASK == 1:
             seen = inside & (tl.load(mask + j * mask_n, mask=j < end, other=0) != 0)[None, :]
         if MASK == 2:
-            where = mask + row[:, None].to(tl.int64) * mask_r + j[None, :] * mask_n
-            seen = tl.load(where, mask=inside, other=0) != 0
+            where = mask + line_of_mask[:, None] + n[None, :] * mask_n
+            seen = tl.load(where, mask=(j < end)[None, :], other=0) != 0
+            mask += BLOCK_N * mask_n
         key = load_columns(k, n, d, k_n, k_d, end - start, True, WIDTH, BLOCK_D)
         k += BLOCK_N * k_n
         s = dot(query, key, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale  # [M, N]
@@ -111,7 +117,7 @@ CONFIGS: dict[tuple[bool, bool, bool], list[triton.Config]] = {
     (True, False, True): [_config(16, 64, 4, 3), _config(16, 32, 4, 3)],
     (True, True, False): [_config(16, 32, 8, 3), _config(16, 16, 4, 3)],
     (True, True, True): [_config(16, 32, 4, 2), _config(16, 16, 4, 2)],
-    (False, False, False): [_config(64, 64, 4, 3), _config(32, 64, 4, 3)],
+    (False, False, False): [_config(64, 64, 8, 3), _config(32, 64, 4, 3)],
     (False, False, True): [_config(64, 64, 4, 2), _config(32, 64, 4, 2)],
     (False, True, False): [_config(16, 32, 8, 2), _config(32, 16, 8, 2)],
     (False, True, True): [_config(32, 16, 4, 2), _config(16, 32, 4, 2)],
@@ -194,29 +200,41 @@ def query_row_attention(
 
 # Compilation for cards that are not there -----------------------------------------------------------------------------
 def compilations() -> list[Compilation]:
-    """Every configuration with a mask, alone and in splits, and the kernel that brings splits together."""
+    """Every configuration with a mask, alone and in splits, and the kernel that brings splits together.
+
+    Usual heads in half precision also with a mask for each row, of a length that 16 does not divide.
+    """
     found = []
     for (few, fp32, wide), configs in CONFIGS.items():
         for width in (256,) if wide else (64, 128):
             for config in configs:
                 found += [_compilation(few, fp32, width, config, alone) for alone in (True, False)]
+                if width == 128 and not fp32:
+                    found += [_compilation(few, fp32, width, config, alone, by_row=True) for alone in (True, False)]
     types = {"out": "*fp32", "stats": "*fp32", "keys": "i32", "lines": "i32", "splits": "i32"}
     constants = {"SPLITS": 16, "BLOCK_N": 1024}
     return [*found, Compilation("query rows normalise", normalise, types, constants, 4, 2, ("out", "stats"))]
 
 
-def _compilation(few: bool, fp32: bool, width: int, config: triton.Config, alone: bool) -> Compilation:
+def _compilation(
+    few: bool, fp32: bool, width: int, config: triton.Config, alone: bool, by_row: bool = False
+) -> Compilation:
     names, half = row_weights.arg_names, "fp32" if fp32 else "bf16"
     types = dict.fromkeys(names[names.index("kv_heads") : names.index("SHARE")], "i32")
     types |= {"scale": "fp32", "q": f"*{half}", "k": f"*{half}", "mask": "*u8", "out": "*fp32", "stats": "*fp32"}
-    constants: dict[str, Any] = {"q_d": 1, "k_d": 1, "mask_n": 1, "mask_r": 0, "MASK": 1, "SHARE": 4}
+    constants: dict[str, Any] = {"q_d": 1, "k_d": 1, "mask_n": 1}
+    constants |= {"SHARE": 7, "MASK": 2} if by_row else {"SHARE": 4, "MASK": 1, "mask_r": 0}
     constants |= {"WIDTH": width, "BLOCK_D": width, "LINES": 16 if few else 256, "KEYS": 4096, **config.kwargs}
     if alone:
         constants["stats"] = None
     kept = {name: types[name] for name in names if name in types and name not in constants}
-    aligned = [name for name, type_ in kept.items() if type_[0] == "*" or name in names[names.index("q_b") :]]
-    title = "x".join(str(config.kwargs[name]) for name in ("BLOCK_M", "BLOCK_N"))
+    wide = names[names.index("q_b") : names.index("mask_b" if by_row else "SHARE")]
+    aligned = [name for name, type_ in kept.items() if type_[0] == "*" or name in wide]
+    if by_row:
+        aligned.remove("mask")
+    title = f"{'few' if few else 'many'} {'alone' if alone else 'split'} {config.kwargs['BLOCK_M']}x"
+    title += f"{config.kwargs['BLOCK_N']}{' by row' if by_row else ''}"
     return Compilation(
-        f"query rows {half} D{width} {'few' if few else 'many'} {'alone' if alone else 'split'} {title}", row_weights,
-        kept, constants, config.num_warps, config.num_stages, aligned,
+        f"query rows {half} D{width} {title}", row_weights, kept, constants, config.num_warps, config.num_stages,
+        aligned,
     )  # fmt: skip

@@ -74,13 +74,15 @@ def _row_step(
 def row_sums(
     q: T, k: T, mask: T, lse: T, scale: T, heads: T, rows: T, keys: T, chunk: T, lines: T,
     q_b: T, q_h: T, q_r: T, q_d: T, k_b: T, k_h: T, k_n: T, k_d: T, mask_b: T, mask_n: T,
-    SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Log-sum-exp of a tile of rows over the keys of one split. Program (tile + tiles * (prompt and head), split).
 
-    lse: [splits, B, H, R]. lines: B H R. ROWS, KEYS: rounded sizes, which choose the configuration.
+    lse: [splits, B, H, R]. lines: B H R. STEP: see `in_steps`. ROWS, KEYS: rounded sizes, which choose the
+    configuration.
     """
+    q_b, q_h, q_r, k_b, k_h, k_n = q_b * STEP, q_h * STEP, q_r * STEP, k_b * STEP, k_h * STEP, k_n * STEP
     tiles = tl.cdiv(rows, BLOCK_M)
     pair, split = tl.program_id(0) // tiles, tl.program_id(1)
     tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the last rows take longest
@@ -147,10 +149,11 @@ def column_sums(
     q: T, k: T, mask: T, counted: T, lse: T, sums: T, maxima: T, scale: T, heads: T, rows: T, keys: T,
     q_b: T, q_h: T, q_r: T, q_d: T, k_b: T, k_h: T, k_n: T, k_d: T, mask_b: T, mask_n: T,
     counted_b: T, counted_r: T, lse_b: T, lse_h: T, lse_r: T,
-    SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums, and maxima if wanted, of a tile of columns [B, H, N]. Program tile + tiles * (prompt and head)."""
+    q_b, q_h, q_r, k_b, k_h, k_n = q_b * STEP, q_h * STEP, q_r * STEP, k_b * STEP, k_h * STEP, k_n * STEP
     tiles = tl.cdiv(keys, BLOCK_N)
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -226,6 +229,18 @@ def split_keys(tiles: int, keys: int, device: torch.device) -> int:
     return triton.cdiv(triton.cdiv(keys, splits), SPLIT) * SPLIT
 
 
+def in_steps(q: torch.Tensor, k: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """(STEP, strides of q and k): all but the last in steps of 8 numbers where they allow it, else of 1.
+
+    Triton looks whether 16 divides a stride and otherwise reads number by number. Heads of 72 channels, as SigLIP has,
+    can be read in eights.
+    """
+    outer = (*q.stride()[:3], *k.stride()[:3])
+    step = 1 if any(stride % 8 for stride in outer) else 8
+    outer = tuple(stride // step for stride in outer)
+    return step, (*outer[:3], q.stride(3), *outer[3:], k.stride(3))
+
+
 @torch.library.custom_op("vlattn::received_attention", mutates_args=())
 def _received_attention(
     q: torch.Tensor,
@@ -250,7 +265,8 @@ def _received_attention(
     sizes = {"SHARE": heads // kv_heads, "WIDTH": width, "BLOCK_D": max(16, triton.next_power_of_2(width))}
     sizes |= {"CAUSAL": causal, "ROWS": triton.next_power_of_2(max(rows, 16))}
     sizes["KEYS"] = triton.next_power_of_2(max(keys, 16))
-    strides = (*q.stride(), *k.stride(), *(mask.stride() if mask is not None else (0, 0)))
+    sizes["STEP"], strides = in_steps(q, k)
+    strides += mask.stride() if mask is not None else (0, 0)
     kind, pairs, base2 = (q.dtype == torch.float32, width > 128), batch * heads, scale * LOG2_E
     if lse is None:
         chunk = chunk or split_keys(triton.cdiv(rows, 64) * pairs, keys, q.device)
@@ -401,11 +417,14 @@ def received_attention(
 
 # Compilation for cards that are not there -----------------------------------------------------------------------------
 def compilations() -> list[Compilation]:
-    """Every configuration under a causal order with every mask, and maxima."""
+    """Every configuration under a causal order with every mask, and maxima.
+
+    Strides are taken as multiples of 8; half precision also has heads of 72 channels, as in SigLIP.
+    """
     return [
         _compilation(kind, fp32, width, config)
         for (kind, fp32, wide), configs in CONFIGS.items()
-        for width in ((256,) if wide else (64, 128))
+        for width in ((256,) if wide else (64, 128) if fp32 else (64, 72, 128))
         for config in configs
     ]
 
@@ -417,10 +436,11 @@ def _compilation(kind: str, fp32: bool, width: int, config: triton.Config) -> Co
     types |= {"scale": "fp32", "q": f"*{half}", "k": f"*{half}", "mask": "*u8", "counted": "*u8"}
     types |= dict.fromkeys(("lse", "sums", "maxima"), "*fp32")
     constants: dict[str, Any] = {"q_d": 1, "k_d": 1, "mask_n": 1, "counted_r": 1, "lse_r": 1, "CAUSAL": True}
-    constants |= {"SHARE": 4, "WIDTH": width, "BLOCK_D": width, "ROWS": 4096, "KEYS": 4096, **config.kwargs}
+    constants |= {"SHARE": 4, "WIDTH": width, "BLOCK_D": triton.next_power_of_2(width), "ROWS": 4096, "KEYS": 4096}
+    constants |= {"STEP": 8, **config.kwargs}
     constants = {name: value for name, value in constants.items() if name in names}
     kept = {name: types[name] for name in names if name in types and name not in constants}
-    aligned = [name for name, type_ in kept.items() if type_[0] == "*" or name in names[names.index("q_b") :]]
+    aligned = [name for name, type_ in kept.items() if type_[0] == "*"]
     title = "x".join(str(config.kwargs[name]) for name in ("BLOCK_M", "BLOCK_N"))
     return Compilation(
         f"received {kind} {half} D{width} {title}", kernel, kept, constants, config.num_warps, config.num_stages,

@@ -145,11 +145,12 @@ def gather_kv(
     key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of a cache layer at `index`; see `vlattn.ops.gather_kv`."""
-    found = _rows_or_zeros(key, index, 2), _rows_or_zeros(value, index, 2)
     if not in_place:
-        return found
+        return _rows_or_zeros(key, index, 2), _rows_or_zeros(value, index, 2)
     kept = index.shape[1]
-    return key[:, :, :kept].copy_(found[0]), value[:, :, :kept].copy_(found[1])
+    for x in (key, value):  # one after the other: no more than one of them is held twice
+        x[:, :, :kept].copy_(_rows_or_zeros(x, index, 2))
+    return key[:, :, :kept], value[:, :, :kept]
 
 
 def pooled_probe(
@@ -172,13 +173,15 @@ def pooled_probe(
 
 def _rows_at(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """Rows of x [B, ..., N, ...], N at `dim`, at index [B, K]."""
-    shape = [*x.shape]
-    shape[dim] = index.shape[1]
-    places = index.reshape(len(index), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1))
-    return x.gather(dim, places.expand(shape))
+    before, (n, *after) = x.shape[:dim], x.shape[dim:]
+    places = index.reshape(len(index), *[1] * (dim - 1), -1).expand(*before, -1)  # [B, ..., K]
+    if x.is_contiguous():  # rows are copied whole, which is faster than a gather of single numbers
+        start = torch.arange(before.numel(), device=x.device).view(*before, 1) * n
+        return x.reshape(-1, *after).index_select(0, (start + places).flatten()).view(*places.shape, *after)
+    return x.gather(dim, places.reshape(*places.shape, *[1] * len(after)).expand(*places.shape, *after))
 
 
 def _rows_or_zeros(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """`_rows_at`, with zeros where the index is -1."""
     missing = (index < 0).reshape(len(index), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1))
-    return _rows_at(x, index.long().clamp(min=0), dim).masked_fill(missing, 0)
+    return _rows_at(x, index.long().clamp(min=0), dim).masked_fill_(missing, 0)

@@ -14,8 +14,8 @@ def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(f"k: its {k.shape[1]} heads do not divide the {q.shape[1]} of q; give one per group of q's")
-    if q.dtype != k.dtype:
-        raise InputError(f"q and k: {q.dtype} against {k.dtype}; give both in one dtype")
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise InputError(f"q and k: {q.dtype} against {k.dtype}; give both in one floating-point dtype")
 
 
 def check_mask(name: str, mask: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:

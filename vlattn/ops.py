@@ -33,9 +33,12 @@ def query_row_attention(
 ) -> torch.Tensor:
     """Attention weights of a few query rows over all keys, without the other rows of the [N, N] matrix.
 
+    The row of CLS, or of the last token, by which FastV (arXiv 2403.06764) and many after it rank visual tokens.
+
     Args:
         q: query rows [B, H, R, D]. Any strides, as for all tensors here.
-        k: keys [B, Hkv, N, D] of the same dtype; Hkv divides H, and query head h reads key head h // (H / Hkv).
+        k: keys [B, Hkv, N, D] of the same floating-point dtype; Hkv divides H, and query head h reads key head
+            h // (H / Hkv).
         scale: factor on q k^T, usually D ** -0.5.
         key_mask: bool, True where a key may be attended: [B, N] for all rows, or [B, R, N]. A row that may attend to
             nothing gives 0 everywhere.
@@ -93,7 +96,8 @@ def received_attention(
 
     Args:
         q: queries [B, H, R, D]. Any strides, as for all tensors here.
-        k: keys [B, Hkv, N, D] of the same dtype; Hkv divides H, and query head h reads key head h // (H / Hkv).
+        k: keys [B, Hkv, N, D] of the same floating-point dtype; Hkv divides H, and query head h reads key head
+            h // (H / Hkv).
         scale: factor on q k^T, usually D ** -0.5.
         causal: let each query see keys up to its own place; the last query stands at the last key, so R <= N.
         key_mask: bool [B, N], True where a key may be attended. A query that sees no key adds nothing.
@@ -108,10 +112,11 @@ def received_attention(
     Returns:
         Sums [B, H, N], not divided by the number of queries; fp32 for half-precision inputs, the input's dtype
         otherwise; or a tuple of these, the maxima [B, H, N] if asked for, and the log-sum-exp [B, H, R] if asked for.
-        4 B H R N D floating-point operations, 2 B H R N D with `lse`. The reference holds a fixed number of weights.
-        Triton reads queries and keys, writes 4 B H (R + N) bytes, and reads each again for each tile of 16 to 128 of
-        the others, from a cache where that is large enough. Deterministic, no atomics: the same inputs give the same
-        bits on one card, as long as tuning chose the same tiles.
+        With gradients for q, k and `lse`, which go through the weights again, a block of rows at a time: 6 B H R N D
+        floating-point operations. Without them 4 B H R N D, 2 B H R N D with `lse`. The reference holds a fixed number
+        of weights. Triton reads queries and keys, writes 4 B H (R + N) bytes, and reads each again for each tile of 16
+        to 128 of the others, from a cache where that is large enough. Deterministic, no atomics: the same inputs give
+        the same bits on one card, as long as tuning chose the same tiles.
 
     Raises:
         InputError: shapes or dtypes that do not fit, or what `backend="triton"` does not cover.
@@ -160,7 +165,8 @@ def flowcut_statistics(
     both scaled to sum to 1 over patches, the score is (a + s) times the L1 norm of the head-mean value.
 
     Args:
-        v: values, bias included [B, Hkv, 1 + P, D], CLS at slot 0. Any strides, as for all tensors here.
+        v: values, bias included [B, Hkv, 1 + P, D], floating-point, CLS at slot 0. Any strides, as for all tensors
+            here.
         cls_query, k, scale: the query of CLS [B, H, D], keys [B, Hkv, 1 + P, D] and the factor on their products:
             what the attention of CLS is made from in the same pass over the tokens. Hkv divides H.
         cls_attention: that attention [B, H, 1 + P] instead, softmaxed over all keys, 0 for filler.
@@ -208,8 +214,8 @@ def select_tokens(
     """Keep the `k` highest-scored tokens of each row in their original order, and gather what belongs to them.
 
     Args:
-        score: [B, N], any strides. Ties go to the lower position, -0.0 ties with 0.0, and NaN counts as the highest
-            score, on every backend.
+        score: [B, N] of any real dtype and strides. Ties go to the lower position, -0.0 ties with 0.0, and NaN counts
+            as the highest score, on every backend.
         k: how many to keep, 1 <= k <= N; or int [B], how many of each row, from 0 to N.
         tensors: hidden states, positions, rotary tables, masks: any dtypes [B, N, ...], or [1, N, ...] for all rows.
             Triton reads them by their strides, and copies one first only where the dimensions behind N do not lie in
@@ -383,7 +389,8 @@ def grouped_attention(
 
     Args:
         q: queries [B, H, R, D]. Any strides, as for all tensors here.
-        k, v: keys and values [B, Hkv, N, D] of the same dtype; Hkv divides H, and query head h reads h // (H / Hkv).
+        k, v: keys and values [B, Hkv, N, D] of the same floating-point dtype; Hkv divides H, and query head h reads
+            h // (H / Hkv).
         groups: int8 or uint8 [B, N]: 0 rest, 1 visual, 2 visual sink, 3 text sink. Other values are refused on a CPU;
             on a GPU and in compiled code only their last two bits count.
         scale: factor on q k^T, usually D ** -0.5.
@@ -400,10 +407,12 @@ def grouped_attention(
 
     Returns:
         See `GroupedAttention`. Rows that may attend to nothing give 0 (-inf as `lse`). 4 B H R N D floating-point
-        operations; Triton reads each key and value once for each tile of 16 to 128 rows, the heads of a key head
-        counted as rows, and writes nothing of size R N. In half precision it rounds weights to the dtype of v, as flash
-        attention does; the reference does not. Deterministic, no atomics: the same inputs give the same bits on one
-        card, as long as tuning chose the same tiles.
+        operations. Triton reads each key and value once for each tile of 16 to 128 rows, the heads of a key head
+        counted as rows, and a mask [B, R, N] once for each key head. It writes the results and, where tiles alone would
+        leave a card idle, the sums of a few splits of the keys; nothing of size R N. In half precision it rounds
+        weights to the dtype of v, as flash attention does; the reference does not, and holds a fixed number of weights.
+        Deterministic, no atomics: the same inputs give the same bits on one card, as long as tuning chose the same
+        tiles.
 
     Raises:
         InputError: shapes, dtypes or values that do not fit, or what `backend="triton"` does not cover.
@@ -429,8 +438,7 @@ def grouped_attention(
             from vlattn.kernels import grouped_attention as kernel
 
             return kernel.grouped_attention(q, k, v, groups, *arguments, partial, knockout)
-        if backend is not None:
-            raise InputError(f"backend: the Triton kernel {reason}; give backend='reference'")
+        _refuse_backend(backend, reason)
     return reference.grouped_attention(q, k, v, groups, *arguments, partial, knockout)
 
 
@@ -449,15 +457,18 @@ def head_scale(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply the output of each head by its factor, as VHR does in front of the output projection.
 
     "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", arXiv 2412.13949. PyTorch on every
-    device, with gradients: one product under broadcasting, which reads and writes each number once. Where attention
-    is computed too, `grouped_attention(..., head_scale=...)` costs no extra pass.
+    device, with gradients: one product under broadcasting. Where attention is computed too,
+    `grouped_attention(..., head_scale=...)` costs no extra pass.
 
     Args:
-        x: [B, T, H * D], head h in channels h D to (h + 1) D.
+        x: [B, T, H * D] of any floating-point dtype and strides, head h in channels h D to (h + 1) D.
         scale: [B, H], taken in the dtype of x.
 
     Returns:
-        [B, T, H * D], in the dtype of x. B T H D multiplications.
+        [B, T, H * D], in the dtype of x. B T H D multiplications, each number read and written once. Deterministic.
+
+    Raises:
+        InputError: shapes that do not belong together.
     """
     fits = x.ndim == 3 and scale.ndim == 2 and x.shape[0] == scale.shape[0] and scale.shape[1] > 0
     if not fits or x.shape[2] % scale.shape[1]:

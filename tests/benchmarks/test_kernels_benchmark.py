@@ -44,7 +44,7 @@ def test_every_op_has_a_row(kernels: ModuleType) -> None:
 
 def test_a_machine_without_a_card_is_told_so(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="No GPU here, so there is nothing to time"):
+    with pytest.raises(SystemExit, match="No GPU here, so there is no kernel to time"):
         kernels.main([])
 
 
@@ -61,6 +61,31 @@ def test_the_check_compares_every_op_with_its_reference(
     assert {row["op"] for row in found["cases"]} == {op.__name__ for op in kernels.OPS}
     assert all(row["check"]["ok"] for row in found["cases"])
     assert all("milliseconds" not in row for row in found["cases"])
+
+
+def test_references_are_checked_against_eager_pytorch(kernels: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    kernels.main(["--cpu", "--check", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert {row["op"] for row in found["cases"]} == {op.__name__ for op in kernels.OPS}
+    assert all(row["check"]["ok"] for row in found["cases"])
+
+
+def test_a_reference_is_timed_beside_eager_pytorch_with_what_each_holds(kernels: ModuleType) -> None:
+    roofline = kernels.Roofline("cpu", "float32", 1, {1: 1e9}, {"copy": 1e9, "read": 1e9})
+    case = kernels.Case(
+        "x", "", lambda how: torch.zeros(1000), 0, 10.0, {"eager": lambda: torch.zeros(10, 1000).sum(0)}, {"eager": 0.1}
+    )
+    found = kernels.time(case, roofline, kernels.arguments(["--cpu", "--repeats", "3", "--warmup", "0"]))
+    assert found["milliseconds"].keys() == {"reference", "eager"}
+    assert found["reference_over"].keys() == {"eager"}
+    assert found["targets"] == {}
+    assert 4000 <= found["bytes_above_inputs"]["reference"] < 40_000 <= found["bytes_above_inputs"]["eager"]
+
+
+def test_shapes_are_known_without_numbers(kernels: ModuleType) -> None:
+    maker = kernels.Maker(torch.device("meta"), torch.bfloat16)
+    assert {case.op for op in kernels.OPS for case in op(maker)} == {op.__name__ for op in kernels.OPS}
 
 
 def test_a_wrong_kernel_is_noticed(kernels: ModuleType) -> None:

@@ -14,6 +14,7 @@ from vlattn.gaze.baselines import (
     BASELINES,
     STRENGTHS,
     ScoreModel,
+    direct_paths,
     make_baseline,
     object_path,
     path_trial,
@@ -192,3 +193,10 @@ def test_a_path_becomes_a_trial_in_the_middle_of_its_objects() -> None:
     made = path_trial(gaze.trials[0], gaze.scenes["s"], [2, 0], "m", 7)
     assert (made.id, made.subject, made.objects, made.correct) == ("t0/7", "m", (2, 0), None)
     assert made.points().tolist() == [[95, 5], [5, 5]]
+
+
+def test_the_direct_path_is_one_fixation_on_the_target_where_there_is_one() -> None:
+    gaze = hand_made()
+    absent = replace(gaze.trials[1], target_object=None)
+    found = direct_paths(replace(gaze, trials=(gaze.trials[0], absent)))
+    assert [(one.id, one.subject, one.objects) for one in found.trials] == [("t0/0", "direct", (2,))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 import vlattn
 from vlattn.assets.paths import tiny_gaze
 from vlattn.errors import InputError
+from vlattn.gaze.baselines import path_trial
 from vlattn.gaze.box_cover import box_cover, seen_window
 from vlattn.gaze.bridge import ObjectAttention, chosen, named_rows, object_attention, presence_question
+from vlattn.gaze.bridge_choice import Reading, choose_reading
+from vlattn.gaze.bridge_report import ask_bridge
 from vlattn.gaze.grounding import attention_paths, grounding
+from vlattn.gaze.metrics.gaze_paths import one_of_each
 from vlattn.gaze.trial import GazeSet, Scene, SceneObject, Trial, read_gaze
 from vlattn.image_file import read_rgb
 
@@ -259,6 +264,60 @@ def test_lone_objects_and_missing_targets_count_in_no_score() -> None:
     assert (score.n_valid, score.n_total) == (3, 5)
     with pytest.raises(InputError, match="no search has its target in a scene of several objects"):
         grounding(replace(gaze, scenes=scenes, trials=more), both)
+
+
+def test_intervals_of_grounding_are_quantiles_of_resampled_means() -> None:
+    gaze, found = made_up()
+    score = grounding(gaze, found, layers=[1], n_boot=500, seed=3)
+    draws = np.random.default_rng(3).multinomial(3, [1 / 3] * 3, 500)
+    means = draws @ np.array([0, 1, 0]) / 3  # of the three targets attention singles out b
+    assert score.per_area_interval == pytest.approx((np.quantile(means, 0.025), np.quantile(means, 0.975)))
+    assert score.pointing_interval is not None
+    assert grounding(gaze, found, layers=[1]).per_area_interval is None
+
+
+# What to read ---------------------------------------------------------------------------------------------------------
+def test_the_reading_with_the_best_score_on_val_is_chosen() -> None:
+    gaze, found = made_up()
+    # People go to the objects in the order of layer 1: c first.
+    orders = {"a": (2, 0), "b": (2, 0, 1), "c": (2,)}
+    people = replace(
+        gaze,
+        trials=tuple(
+            path_trial(trial, gaze.scenes["s"], orders[trial.target], "person", n)
+            for n, trial in enumerate(gaze.trials)
+        ),
+    )
+    best, tried = choose_reading(one_of_each(gaze), people, {"prompt": found})
+    assert best == Reading("prompt", 1, False)
+    assert [(one["layer"], one["per_area"]) for one in tried] == [(0, False), (0, True), (1, False), (1, True)]
+    assert tried[2]["ss"] == max(one["ss"] for one in tried) == pytest.approx(1)
+
+
+def test_readings_are_named_by_a_short_text() -> None:
+    assert Reading.parse("target:0") == Reading("target", 0)
+    assert Reading.parse("answer:12:area") == Reading("answer", 12, True)
+    assert Reading.parse("answer:12:area").text == "answer:12:area"
+    for text in ("target", "all:0", "target:x", "target:1:box"):
+        with pytest.raises(InputError, match=r"attention: got .* give ROWS:LAYER"):
+            Reading.parse(text)
+
+
+def test_the_bridge_chooses_on_val_and_says_so(searches: GazeSet, tiny: tuple[Any, Any]) -> None:
+    val, asked = (replace(searches, trials=searches.trials[part]) for part in (slice(0, 6), slice(6, 12)))
+    paths, told = ask_bridge(*tiny, asked, val, n_boot=20)
+    assert told["chosen_by"] == "ss on val"
+    assert len(told["tried"]) == 2 * 6 * 2
+    again, same = ask_bridge(*tiny, asked, None, Reading.parse(told["reading"]), n_boot=20)
+    assert again == paths
+    assert same["grounding"] == told["grounding"]
+    assert (same["chosen_by"], same["tried"]) == (None, None)
+    assert [one.objects[-1] for one in paths.trials] == [one.target_object for one in asked.trials]  # type: ignore[index]
+    low, high = told["grounding"]["per_area_interval"]
+    assert low <= told["grounding"]["per_area"] <= high
+    json.dumps(told, allow_nan=False)
+    with pytest.raises(InputError, match="attention: got auto, but there is no val part"):
+        ask_bridge(*tiny, asked)
 
 
 def test_scores_of_what_was_not_read_are_refused() -> None:

@@ -16,8 +16,8 @@ from vlattn.errors import InputError
 from vlattn.gaze.trial import Fixation, GazeSet, Scene, SceneObject, Trial, read_gaze, write_gaze
 
 
-def run(*words: Any) -> str:
-    result = CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": "200"})
+def run(*words: Any, columns: int = 200) -> str:
+    result = CliRunner().invoke(app, list(map(str, words)), env={"COLUMNS": str(columns)})
     if result.exception is not None:
         raise result.exception
     return result.output
@@ -83,12 +83,45 @@ def test_evaluation_has_people_and_baselines_beside_the_model(folder: Path) -> N
     assert all(name in told for name in ("people", "centre", "behaviour_delta", "loss"))
 
 
+def test_a_language_model_and_the_shortest_path_can_stand_beside_it(folder: Path) -> None:
+    words = ["--samples", 2, "--n-boot", 10, "--metrics", "ss", "--baselines", "direct,bridge"]
+    told = run("gaze", "eval", folder / "run", *words, "--attention", "prompt:1", "--out", folder / "bridge.json")
+    found = json.loads((folder / "bridge.json").read_text())
+    assert list(found["models"]) == ["OAT", "OAT greedy", "direct", "bridge"]
+    assert found["bridge"]["reading"] == "prompt:1"
+    assert found["bridge"]["tried"] is None
+    assert found["bridge"]["lvlm"] == "tiny"
+    assert "bridge: attention of tiny, prompt:1" in told
+    # Each of the two people goes to three random objects, then to the target.
+    assert found["models"]["direct"]["metrics"]["ss"]["value"] == pytest.approx(0.25)
+
+
+def test_more_models_than_fit_side_by_side_go_into_another_table(folder: Path) -> None:
+    names = ["random", "centre", "saliency", "similarity", "searcher", "direct"]
+    words = ["--samples", 1, "--n-boot", 0, "--metrics", "ss", "--baselines", ",".join(names)]
+    told = run("gaze", "eval", folder / "run", *words, columns=100)
+    assert all(f" {name} " in told for name in ("OAT greedy", *names))
+    assert told.count(" people ") == 2
+
+
+def test_a_choice_needs_a_part_to_choose_on(folder: Path) -> None:
+    write_gaze(read_gaze(folder / "gaze.json"), folder / "other.json")
+    with pytest.raises(InputError, match="attention: got auto, but there is no val part"):
+        run("gaze", "eval", folder / "run", "--data", folder / "other.json", "--baselines", "bridge")
+
+
 def test_pictures_are_drawn(folder: Path) -> None:
-    told = run("gaze", "show", folder / "run", "--out", folder / "pictures", "--scenes", 1, "--steps", 3)
-    (file,) = (folder / "pictures").iterdir()
-    assert file.name in told
+    told = run("gaze", "show", folder / "run", "--out", folder / "pictures", "--scenes", 1, "--steps", 2, "--side", 300)
+    page, file = sorted((folder / "pictures").iterdir())
+    assert page.name == "index.html"
+    assert all(str(one.name) in told for one in (page, file))
     with Image.open(file) as picture:
-        assert picture.width > 1000
+        assert picture.width == 3 * 308 + 8
+    shown = page.read_text()
+    assert shown.count("<figcaption>") == shown.count("data:image/jpeg") == 2 + 1 + 2  # people, OAT, steps
+    assert "gaze.json, test: 1 of 1 searches" in shown
+    assert "subject a" in shown
+    assert "OAT, greedy" in shown
 
 
 def test_a_folder_without_a_run_is_refused(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlattn.errors import InputError
-from vlattn.viz.scanpath import LAST, TARGET, TINT, Panel, attention_panels, draw_panel, draw_sheet, in_rows
+from vlattn.viz.scanpath import INK, LAST, TARGET, TINT, Panel, attention_panels, draw_panel, draw_sheet, in_rows
 
 SCREEN = (400, 200)
 BOXES = np.array([[0, 0, 100, 200], [100, 0, 100, 200], [200, 0, 100, 200], [300, 0, 100, 200]], float)
@@ -45,6 +45,14 @@ def test_the_target_is_framed() -> None:
     assert (found[100, 100] == (0, 0, 90)).all()
 
 
+def test_the_object_that_was_looked_at_next_is_framed_in_black() -> None:
+    found = pixels(panel(target=2, chosen=1))
+    assert (np.abs(found[100, 104] - np.array(INK)) < 5).all()
+    assert (found[100, 96] == (0, 0, 90)).all()
+    both = pixels(panel(target=2, chosen=2))
+    assert [tuple(both[100, x]) for x in (201, 204)] == [TARGET, INK]
+
+
 def test_likelier_objects_are_tinted_more() -> None:
     found = pixels(panel(chances=np.array([0.0, 0.2, 0.8, 0.0])))
     away = [np.abs(found[100, x] - np.array(TINT)).sum() for x in (50, 150, 250, 350)]
@@ -65,10 +73,13 @@ def test_attention_has_a_panel_for_each_step_and_the_end() -> None:
     chances = np.array([[0.1, 0.2, 0.7, 0, 0], [0.25, 0.25, 0.25, 0, 0.25], [0, 0, 0.1, 0, 0.9]])
     panels = attention_panels(Image.new("RGB", (40, 20)), BOXES, SCREEN, [2, 0], chances, 2)
     assert [one.title for one in panels] == [
-        "step 1 to 2: 70% (end 0%)",
-        "step 2 to 0: 25% (end 25%)",
-        "step 3 to the end: 90%",
+        "step 1, 2: 70% (end: 0%)",
+        "step 2, 0: 25% (end: 25%)",
+        "step 3, the end: 90%",
     ]
+    assert [one.chosen for one in panels] == [2, 0, None]
+    named = attention_panels(Image.new("RGB", (40, 20)), BOXES, SCREEN, [2, 0], chances, 2, ["a", "b", "cup", "d"])
+    assert named[0].title == "step 1, cup: 70% (end: 0%)"
     assert [one.points.tolist() for one in panels] == [[], [[250, 100]], [[250, 100], [50, 100]]]
     np.testing.assert_array_equal(panels[1].chances, chances[1, :4])
     with pytest.raises(InputError, match=r"chances: got shape \[3, 5\] for 1 fixations among 4 objects"):
@@ -90,6 +101,7 @@ def test_a_sheet_has_rows_and_the_same_panels_give_the_same_bytes(tmp_path: Path
         ({"points": np.array([[1.0, np.nan]])}, "points: got shape"),
         ({"points": np.zeros((2, 3))}, r"points: got shape \[2, 3\]"),
         ({"target": 4}, "target: got 4"),
+        ({"chosen": -1}, "chosen: got -1"),
         ({"chances": np.zeros(3)}, r"chances: got shape \[3\]; give 4"),
     ],
 )

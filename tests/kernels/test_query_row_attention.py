@@ -231,6 +231,8 @@ def test_dtypes_and_masks_that_do_not_fit_are_refused() -> None:
     q, k = torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 5, 4)
     with pytest.raises(InputError, match=r"q and k: torch.float32 against torch.float64"):
         ops.query_row_attention(q, k.double(), scale=1.0)
+    with pytest.raises(InputError, match=r"torch.int64 against torch.int64; give both in one floating-point dtype"):
+        ops.query_row_attention(q.long(), k.long(), scale=1.0)
     with pytest.raises(InputError, match=r"key_mask: got torch.int64 \(2, 5\); give bool \(2, 5\) or \(2, 3, 5\)"):
         ops.query_row_attention(q, k, scale=1.0, key_mask=torch.ones(2, 5, dtype=torch.int64))
 

@@ -36,12 +36,16 @@ WORK = Path("vlattn-gaze")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model, the scenes it is asked about, and the trials of one part of the data."""
+    """A trained model, the scenes it is asked about, and the trials of one part of the data.
+
+    train, val: other parts; None of data that it was not trained on.
+    """
 
     model: OAT
     data: OATData
     gaze: GazeSet
     train: GazeSet | None
+    val: GazeSet | None
     text: str
 
 
@@ -83,9 +87,9 @@ def load_run(run: Path, data: str | None, part: Part, work: Path, device: str | 
     if text == asked["data"]:
         split = load_split(text, asked["split"], asked["split_seed"], asked["outside"])
         whole = named_gaze(text, asked["outside"]) if part == "all" else getattr(split, part)
-        train = split.train
+        train, val = split.train, split.val
     else:
-        whole, train = named_gaze(text, asked["outside"]), None
+        whole, train, val = named_gaze(text, asked["outside"]), None, None
     backbone = load_backbone(asked["appearance"], work, device)
     looks = make_looks(whole, model.config, backbone)
-    return Loaded(model, OATData(whole, looks, model.config.rows), whole, train, text)
+    return Loaded(model, OATData(whole, looks, model.config.rows), whole, train, val, text)

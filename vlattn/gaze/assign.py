@@ -25,8 +25,8 @@ def assign_points(points: np.ndarray, boxes: np.ndarray, *, nearest: bool = Fals
     Args:
         points: [n, 2], x and y in pixels.
         boxes: [P, 4], x, y, width, height.
-        nearest: give a point in no box to the one whose middle is nearest (the first of several), as "Object-level
-            Attention Transformer", arXiv 2407.13335, does.
+        nearest: give a point in no box to the one whose middle is nearest (the first of several), as "OAT: Object-Level
+            Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335, does.
 
     Returns:
         int64 [n]; -1 for all where there are no boxes.

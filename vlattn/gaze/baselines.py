@@ -149,6 +149,16 @@ def predict_paths(
     return replace(gaze, trials=tuple(found))
 
 
+def direct_paths(gaze: GazeSet, name: str = "direct") -> GazeSet:
+    """A path of one fixation, on the target, for each trial that has it in its scene.
+
+    It takes nothing but to know where the target is, and scores of similarity like it where people are quick: what they
+    say of a model is to be read beside it.
+    """
+    known = [(trial, trial.target_object) for trial in gaze.trials if trial.target_object is not None]
+    return replace(gaze, trials=tuple(path_trial(trial, gaze.scene_of(trial), [at], name) for trial, at in known))
+
+
 def path_trial(trial: Trial, scene: Scene, path: Sequence[int], model: str, sample: int = 0) -> Trial:
     """A predicted path of object indices as a trial T/sample, each fixation in the middle of its object."""
     centers = scene.centers()

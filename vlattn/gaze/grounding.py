@@ -10,9 +10,11 @@ import numpy as np
 from vlattn.errors import InputError
 from vlattn.gaze.baselines import path_trial
 from vlattn.gaze.bridge import ObjectAttention, Search, chosen
+from vlattn.gaze.metrics.average import percentiles, resamples
 from vlattn.gaze.trial import GazeSet, Trial
 
 Heads = Sequence[tuple[int, int]]
+LEVEL = 0.95
 
 
 def attention_paths(
@@ -56,6 +58,7 @@ class Grounding:
         token does.
     chance_per_area, chance_pointing: of an object, and of a token, drawn at random.
     n_valid, n_total: searches that count, and all of them.
+    per_area_interval, pointing_interval: 95% percentile bootstrap over searches; None without one.
     """
 
     per_area: float
@@ -65,6 +68,8 @@ class Grounding:
     chance_pointing: float
     n_valid: int
     n_total: int
+    per_area_interval: tuple[float, float] | None = None
+    pointing_interval: tuple[float, float] | None = None
 
 
 def grounding(
@@ -73,6 +78,8 @@ def grounding(
     *,
     layers: Sequence[int] | None = None,
     heads: Heads | None = None,
+    n_boot: int = 0,
+    seed: int = 0,
 ) -> Grounding:
     """Score attention as grounding; each search counts once, however many subjects made it.
 
@@ -82,6 +89,7 @@ def grounding(
 
     Args:
         gaze, found, layers, heads: as for `attention_paths`; `by_head` is of every head, whatever these say.
+        n_boot, seed: of the intervals; 0 for none.
 
     Raises:
         InputError: as `attention_paths`.
@@ -101,8 +109,13 @@ def grounding(
         by_head.append(_density(one.objects, one.area).argmax(-1) == target)
     if not rows:
         raise InputError("gaze: no search has its target in a scene of several objects; give trials with target_object")
-    means = np.array(rows, np.float64).mean(0).tolist()
-    return Grounding(means[0], np.mean(by_head, 0), means[1], means[2], means[3], len(rows), len(searches))
+    each = np.array(rows, np.float64)
+    per_area, pointing, of_objects, of_tokens = each.mean(0).tolist()
+    samples = resamples(len(each), n_boot, seed) @ each[:, :2] / len(each)
+    low, high = percentiles(samples, LEVEL)
+    area, point = ((float(low[k]), float(high[k])) if n_boot else None for k in (0, 1))
+    heads_alone = np.mean(by_head, 0)
+    return Grounding(per_area, heads_alone, pointing, of_objects, of_tokens, len(rows), len(searches), area, point)
 
 
 def _attention(

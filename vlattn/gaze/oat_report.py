@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from vlattn.errors import InputError
 from vlattn.gaze.baselines import make_baseline, predict_paths, step_losses
 from vlattn.gaze.decode import Decoding
 from vlattn.gaze.decode_trials import predict_trials
-from vlattn.gaze.metrics.gaze_paths import stimulus_of
+from vlattn.gaze.metrics.gaze_paths import one_of_each
 from vlattn.gaze.metrics.score import score_gaze
 from vlattn.gaze.metrics.score_settings import ScoreSettings
 from vlattn.gaze.oat import OAT
@@ -32,8 +32,9 @@ def report_oat(
     train: GazeSet | None = None,
     baselines: Sequence[str] = (),
     *,
+    others: Mapping[str, GazeSet] | None = None,
     samples: int = 20,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = METRICS,
     settings: ScoreSettings | None = None,
     seed: int = 0,
     similarity: Similarity = "pixels",
@@ -48,14 +49,15 @@ def report_oat(
         people: trials with `objects`, of scenes in `data`.
         train: what baselines are fitted to; see `vlattn.gaze.baselines.make_baseline`.
         baselines: names of `BASELINES`.
+        others: paths that somebody else predicts for the same searches, by name.
         samples: paths a stimulus.
-        metrics: names of `vlattn.gaze.metrics.METRICS`.
+        metrics: names of `vlattn.gaze.metrics.METRICS`; None for all that paths without durations allow.
         parity: SIM with the reference's softmax along the path.
         heard: hears what is being done.
 
     Returns:
-        Plain data. `models`: by name ("OAT", "OAT greedy", baselines), `metrics` as `score_gaze` has them, and, where
-        steps have chances, `loss` (mean -log p in nats, the end included) and `sim` (mean chance of the next
+        Plain data. `models`: by name ("OAT", "OAT greedy", baselines, others), `metrics` as `score_gaze` has them, and,
+        where steps have chances, `loss` (mean -log p in nats, the end included) and `sim` (mean chance of the next
         fixation). `human`, `random`, `about`, `settings`: as `score_gaze` has them.
     """
     require_count("samples", samples)
@@ -63,8 +65,8 @@ def report_oat(
     if not trials:
         raise InputError("people: no trial has fixations on objects and its target in the scene; give some that do")
     usable = replace(people, trials=tuple(trials))
-    asked = list({stimulus_of(trial): trial for trial in reversed(trials)}.values())[::-1]
-    questions = replace(people, trials=tuple(asked))
+    questions = one_of_each(usable)
+    asked = list(questions.trials)
     heard("OAT")
     decoding = Decoding("sample", samples, seed=seed)
     predicted = {
@@ -82,10 +84,11 @@ def report_oat(
         losses = step_losses(baseline, usable, similarity)
         sims = np.exp(-np.concatenate([one[:-1] for one in losses]))
         steps[name] = {"loss": _mean(losses), "sim": float(sims.mean())}
+    predicted |= others or {}
     found: dict[str, Any] = {"models": {}}
     for name, gaze in predicted.items():
         heard(f"scores of {name}")
-        scored = score_gaze(gaze, usable, metrics=list(metrics), settings=settings)
+        scored = score_gaze(gaze, usable, metrics=metrics, settings=settings)
         (one,) = scored["models"].values()
         found["models"][name] = {"metrics": one["metrics"], **steps.get(name, {})}
         for key in ("human", "about", "settings", "counts"):

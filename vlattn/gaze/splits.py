@@ -37,9 +37,9 @@ def split_gaze(
 ) -> GazeSplit:
     """Part a set at random.
 
-    "Object-level Attention Transformer", arXiv 2407.13335, parts by trial, 80 : 10 : 10, so that test asks for targets
-    and shows scenes that training had, also the very pair by another subject; and for unseen combinations holds out all
-    trials of a pair of target and scene (layout).
+    "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335, parts by trial, 80 : 10 :
+    10, so that test asks for targets and shows scenes that training had, also the very pair by another subject; and for
+    unseen combinations holds out all trials of a pair of target and scene (layout).
 
     Args:
         gaze: what to part.

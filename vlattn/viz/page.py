@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from vlattn.viz.page_chart import charts, stem
+from vlattn.viz.page_file import page_part, write_index
 from vlattn.viz.page_gallery import scenes, summary, switch, visibility
-from vlattn.viz.page_html import Html, element, join, text
+from vlattn.viz.page_html import Html, element, join, pairs, text
 from vlattn.viz.page_numbers import NA, look, number, percent, signed, size, span, times, whole
 from vlattn.viz.page_tables import comparison_table, cost_table, quality_table, split_table
 
@@ -37,9 +37,7 @@ def write_page(results: dict[str, Any], examples: list[dict[str, Any]], images: 
     """
     arms: list[Record] = results["arms"]
     lead = featured(arms)
-    room = files("vlattn.viz")
-    page = Template(room.joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        style=room.joinpath("page.css").read_text(encoding="utf-8") + visibility(len(arms)),
+    body = Template(page_part("page.html")).substitute(
         title=text(results["title"]),
         headline=_clauses(headline(results)),
         lead=_lead(results),
@@ -53,13 +51,11 @@ def write_page(results: dict[str, Any], examples: list[dict[str, Any]], images: 
             [quality_table(arms), cost_table(arms), comparison_table(results["comparisons"]), split_table(arms)]
         ),
         commands=element("pre", element("code", "\n".join(map(str, results["commands"]))), tabindex=0),
-        environment=_pairs(_environment(results)),
-        reading=_pairs(READING),
+        environment=pairs(_environment(results)),
+        reading=pairs(READING),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    style = page_part("page.css") + visibility(len(arms))
+    return write_index(results["title"], style, Html(body), out, scripts=True)
 
 
 def featured(arms: Sequence[Record]) -> Record | None:
@@ -165,8 +161,3 @@ def _tiles(results: Record) -> Html:
 
 def _environment(results: Record) -> list[tuple[str, str]]:
     return [(key, NA if value is None else str(value)) for key, value in results["environment"].items()]
-
-
-def _pairs(pairs: Sequence[tuple[str, str]]) -> Html:
-    rows = [element("div", element("dt", key), element("dd", value)) for key, value in pairs]
-    return element("dl", *rows, class_="pairs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from vlattn.errors import InputError
 from vlattn.viz.page_chart import stem
+from vlattn.viz.page_file import data_uri
 from vlattn.viz.page_html import Html, element, join, text, unseen
 from vlattn.viz.page_numbers import look, number
 
-TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 SHOWN_QUESTIONS = 6
 """More questions than these are folded away."""
 
@@ -154,11 +153,3 @@ def _answer(answer: Record) -> Html:
     reply = element("span", said, spoken, truth, class_="reply")
     asked = element("span", answer["question"], " ")
     return element("li", mark, asked, reply, class_="right" if right else "wrong")
-
-
-def data_uri(path: Path) -> str:
-    """An image file as a data URI."""
-    kind = TYPES.get(path.suffix.lower())
-    if kind is None or not path.is_file():
-        raise InputError(f"image {path} is missing or not one of {', '.join(TYPES)}")
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

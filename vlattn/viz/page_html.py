@@ -44,3 +44,10 @@ def element(tag: str, *content: object, **attributes: object) -> Html:
 def unseen(content: object) -> Html:
     """Text for screen readers alone."""
     return element("span", content, class_="unseen")
+
+
+def pairs(rows: Iterable[tuple[str, object]]) -> Html:
+    """Terms with what they mean."""
+    return element(
+        "dl", *(element("div", element("dt", key), element("dd", value)) for key, value in rows), class_="pairs"
+    )

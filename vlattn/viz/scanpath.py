@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LARGE = 420
 """Pixels of the longer side of a panel."""
 TARGET, FIRST, LAST, TINT = (30, 140, 60), (33, 102, 172), (178, 24, 43), (230, 97, 1)
-INK, MARGIN = (20, 20, 20), 8
+INK, MARGIN, FRAME = (20, 20, 20), 8, 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Panel:
     title: above it. picture: the scene. points: [n, 2], x and y in pixels of `screen`, as boxes are.
     boxes: [P, 4] x, y, width, height. target: index of the target's box, framed in green; None frames nothing.
     screen: width and height.
-    chances: [P], tints each box by it; None tints nothing.
+    chances: [P], tints each box by it; None tints nothing. chosen: index of the box that was looked at next, framed in
+        black, inside the target's frame where it is the same; None frames nothing.
     """
 
     title: str
@@ -42,10 +43,11 @@ class Panel:
     screen: tuple[int, int]
     target: int | None = None
     chances: np.ndarray | None = None
+    chosen: int | None = None
 
 
-def draw_panel(panel: Panel, large: int = LARGE) -> Image:
-    """One panel, its longer side `large` pixels, with its title above.
+def draw_scene(panel: Panel, large: int = LARGE) -> Image:
+    """One panel without its title, the longer side `large` pixels.
 
     Fixations go from blue to red in order, each with its number; one that stays where the last was is drawn beside it.
 
@@ -62,12 +64,23 @@ def draw_panel(panel: Panel, large: int = LARGE) -> Image:
     if panel.chances is not None:
         scene = _tinted(scene, boxes * scale, panel.chances)
     draw = ImageDraw.Draw(scene, "RGBA")
-    if panel.target is not None:
-        if not 0 <= panel.target < len(boxes):
-            raise InputError(f"target: got {panel.target}; give an index of one of {len(boxes)} boxes")
-        draw.rectangle(_corners(boxes[panel.target] * scale), outline=TARGET, width=3)
-    radius = max(7, large // 42)
+    for name, index, colour, inside in (("target", panel.target, TARGET, 0), ("chosen", panel.chosen, INK, FRAME)):
+        if index is None:
+            continue
+        if not 0 <= index < len(boxes):
+            raise InputError(f"{name}: got {index}; give an index of one of {len(boxes)} boxes")
+        draw.rectangle(_corners(boxes[index] * scale, inside), outline=colour, width=FRAME)
+    radius = max(9, large // 42)
     _draw_path(draw, _apart(points * scale, radius), radius)
+    return scene
+
+
+def draw_panel(panel: Panel, large: int = LARGE) -> Image:
+    """One panel as `draw_scene` draws it, with its title above."""
+    from PIL import Image as Images
+    from PIL import ImageDraw
+
+    scene = draw_scene(panel, large)
     titled = Images.new("RGB", (scene.width, scene.height + 22), "white")
     titled.paste(scene, (0, 22))
     ImageDraw.Draw(titled).text((2, 4), _fitting(panel.title, scene.width), fill=INK, font=_font(13))
@@ -97,7 +110,7 @@ def draw_sheet(rows: Sequence[Sequence[Panel]], out: str | Path, large: int = LA
         top += height
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
+    sheet.save(path, format="PNG", optimize=True)
     return path
 
 
@@ -108,12 +121,14 @@ def attention_panels(
     path: Sequence[int],
     chances: np.ndarray,
     target: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[Panel]:
     """A panel for each step: the fixations so far, and how likely each object is next.
 
     Args:
         path: indices of the objects that were fixated, T of them.
         chances: [T + 1, P + 1], of each object and, last, of the end; row t before fixation t.
+        labels: what titles call the P objects; None takes their numbers.
     """
     boxes, chances = _array("boxes", boxes, 4), np.asarray(chances, np.float64)
     if chances.shape != (len(path) + 1, len(boxes) + 1):
@@ -124,11 +139,13 @@ def attention_panels(
     centers = boxes[:, :2] + boxes[:, 2:] / 2
     panels = []
     for time, row in enumerate(chances):
-        chosen = row[path[time]] if time < len(path) else row[-1]
-        went = f"to {path[time]}" if time < len(path) else "to the end"
-        title = f"step {time + 1} {went}: {chosen:.0%}" + (f" (end {row[-1]:.0%})" if time < len(path) else "")
+        chosen = path[time] if time < len(path) else None
+        title = f"step {time + 1}, the end: {row[-1]:.0%}"
+        if chosen is not None:
+            name = chosen if labels is None else labels[chosen]
+            title = f"step {time + 1}, {name}: {row[chosen]:.0%} (end: {row[-1]:.0%})"
         so_far = centers[list(path[:time])].reshape(-1, 2)
-        panels.append(Panel(title, picture, so_far, boxes, screen, target, row[:-1]))
+        panels.append(Panel(title, picture, so_far, boxes, screen, target, row[:-1], chosen))
     return panels
 
 
@@ -176,9 +193,11 @@ def _tinted(scene: Image, boxes: np.ndarray, chances: np.ndarray) -> Image:
     return grey
 
 
-def _corners(box: np.ndarray) -> list[float]:
+def _corners(box: np.ndarray, inside: float = 0) -> list[float]:
+    """Of a box, or of one so many pixels inside it, as far as it has room."""
     x, y, width, height = (float(value) for value in box)
-    return [x, y, x + width - 1, y + height - 1]
+    inside = min(inside, (min(width, height) - 1) / 2)
+    return [x + inside, y + inside, x + width - 1 - inside, y + height - 1 - inside]
 
 
 def _mixed(share: float) -> tuple[int, int, int]:

@@ -194,7 +194,7 @@ def test_all_that_files_allow_is_scored_and_the_rest_is_explained(model: GazeSet
 def test_intervals_hold_the_value_and_are_repeatable(model: GazeSet, human: GazeSet) -> None:
     how = ScoreSettings(n_boot=200)
     found = score_gaze(model, human, ["ss", "dtw", "tfp_auc"], how)
-    for cell in found["models"]["net"]["metrics"].values():
+    for cell in (*found["models"]["net"]["metrics"].values(), *found["human"].values()):
         assert cell["low"] <= cell["value"] <= cell["high"]
         assert cell["low"] < cell["high"]
     assert found == score_gaze(model, human, ["ss", "dtw", "tfp_auc"], how)

@@ -47,10 +47,10 @@ def read_amazon(
         rows, columns: cells of the grid.
         outliers: trials whose length is further than so many standard deviations from the mean are left out; None keeps
             all. With 3, 585 of the published file's 600 trials stay.
-        last_subject_for_all: reproduce a defect of the reference preparation ("Object-level Attention Transformer",
-            arXiv 2407.13335): it makes one record per image and lists it six times, so that all six trials of an image
-            are those of its last subject, and 594 stay. Published figures were probably made so; this is for comparing
-            with them alone.
+        last_subject_for_all: reproduce a defect of the reference preparation ("OAT: Object-Level Attention Transformer
+            for Gaze Scanpath Prediction", arXiv 2407.13335): it makes one record per image and lists it six times, so
+            that all six trials of an image are those of its last subject, and 594 stay. Published figures were probably
+            made so; this is for comparing with them alone.
 
     Returns:
         A scene for each image, and trials "IMAGE/SUBJECT" with `objects` and `target_object`.

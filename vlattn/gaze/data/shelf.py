@@ -1,8 +1,9 @@
 """The authors' shelf data: people searching wine and yogurt shelves for a product, one row per fixation.
 
-"Object-level Attention Transformer", arXiv 2407.13335. Columns: ID (trial), Question (layout, beginning with Q1 for
-wine, Q2 for shampoo, Q3 for yogurt), Target (its name), T_Package (its place, from 1), Choice (fixated place, from 1),
-X, Y (pixels of a screen of 1680 x 1050), Sub_ID. Places count row by row from the top left.
+"OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335. Columns: ID (trial), Question
+(layout, beginning with Q1 for wine, Q2 for shampoo, Q3 for yogurt), Target (its name), T_Package (its place, from 1),
+Choice (fixated place, from 1), X, Y (pixels of a screen of 1680 x 1050), Sub_ID. Places count row by row from the top
+left.
 """
 
 from __future__ import annotations

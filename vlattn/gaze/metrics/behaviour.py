@@ -62,9 +62,10 @@ def behaviour_delta(
 ) -> float:
     """How far the five averages of `behaviour` are from people's, relative to these; 0 is best.
 
-    "Object-level Attention Transformer", arXiv 2407.13335. Averages are of shares per path, over the samples of a
-    trial, then over trials. It compares sets: but for `correct`, swapping predictions between trials changes nothing,
-    so it says little alone. Averages that are 0 for people are left out (`kept_behaviour`).
+    "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335. Averages are of shares per
+    path, over the samples of a trial, then over trials. It compares sets: but for `correct`, swapping predictions
+    between trials changes nothing, so it says little alone. Averages that are 0 for people are left out
+    (`kept_behaviour`).
 
     Args:
         predicted, human: sets of paths of any sizes. on_degenerate: see `policy`.

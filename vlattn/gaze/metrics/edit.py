@@ -24,8 +24,9 @@ def edit_distance(
 ) -> Floats:
     """Levenshtein distance of symbols, a count by default.
 
-    On objects, that of "Object-level Attention Transformer", arXiv 2407.13335; on clusters, the fixation edit distance
-    of "Gazeformer", arXiv 2303.15274; on labels, its semantic sibling.
+    On objects, that of "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335; on
+    clusters, the fixation edit distance of "Gazeformer: Scalable, Effective and Fast Prediction of Goal-Directed Human
+    Attention", arXiv 2303.15274; on labels, its semantic sibling.
 
     Args:
         predicted, human, on_degenerate, symbols, time_bin, engine: as for `sequence_score`.
@@ -64,9 +65,10 @@ def string_edit(
 ) -> Floats:
     """Levenshtein distance of the grid cells that were looked at.
 
-    "Spontaneous Eye Movements During Visual Imagery Reflect the Content of the Visual Scene", 1997; with this grid in
-    "FixaTons", arXiv 1802.02534, whose code takes whole pixels as the size of a cell and lets x near the right border
-    begin the next row. Here the last column and row take what is left.
+    "Spontaneous Eye Movements During Visual Imagery Reflect the Content of the Visual Scene", Brandt and Stark, Journal
+    of Cognitive Neuroscience 1997; with this grid in "FixaTons: A collection of Human Fixations Datasets and Metrics
+    for Scanpath Similarity", arXiv 1802.02534, whose code takes whole pixels as the size of a cell and lets x near the
+    right border begin the next row. Here the last column and row take what is left.
 
     Args:
         predicted, human, on_degenerate, weights, normalised, engine: as for `edit_distance`.

@@ -20,6 +20,12 @@ def stimulus_of(trial: Trial) -> Stimulus:
     return trial.scene, trial.target
 
 
+def one_of_each(gaze: GazeSet) -> GazeSet:
+    """The first trial of each stimulus: a question that a model is asked once, whoever searched."""
+    first = {stimulus_of(trial): trial for trial in reversed(gaze.trials)}
+    return replace(gaze, trials=tuple(first.values())[::-1])
+
+
 def gaze_paths(gaze: GazeSet, outside: Outside = "warn") -> Paths:
     """A row for each trial.
 

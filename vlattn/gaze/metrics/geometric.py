@@ -38,7 +38,7 @@ def dtw(predicted: Paths, human: Paths, *, on_degenerate: Degenerate = "nan", ov
 def frechet(predicted: Paths, human: Paths, *, on_degenerate: Degenerate = "nan") -> Floats:
     """Discrete Frechet distance: the least longest step distance of such a path, in pixels.
 
-    "Computing discrete Frechet distance", TU Wien 1994. Arguments and result as for `dtw`.
+    "Computing Discrete Frechet Distance", Eiter and Mannila, TU Wien 1994. Arguments and result as for `dtw`.
     """
     found = _coupled(
         predicted, human, lambda up, left, diag, cost: np.maximum(cost, np.minimum(np.minimum(up, left), diag))
@@ -58,7 +58,8 @@ def hausdorff(predicted: Paths, human: Paths, *, on_degenerate: Degenerate = "na
 def eyenalysis(predicted: Paths, human: Paths, *, on_degenerate: Degenerate = "nan", squared: bool = True) -> Floats:
     """Distances from each point to the other path's nearest, summed both ways, over the longer length.
 
-    "A simple way to estimate similarity between pairs of eye movement sequences", JEMR 2012.
+    "A simple way to estimate similarity between pairs of eye movement sequences", Journal of Eye Movement Research
+    2012.
 
     Args:
         predicted, human, on_degenerate: as for `sequence_score`.

@@ -169,14 +169,16 @@ def _score_people(people: Side, metrics: list[Metric], how: ScoreSettings) -> di
     stimuli = list(dict.fromkeys(people.stimuli))
     for metric in metrics:
         if metric.kind == "set":
-            cells.update(_set_cells(metric, people, people, stimuli, how, None))
+            draws = resamples(len(stimuli), how.n_boot, how.seed)
+            cells.update(_set_cells(metric, people, people, stimuli, how, draws if len(draws) else None))
         elif len(first):
             values = _pair_values(metric, people.take(first), people.take(second))
             # First over the others, as over people for a model, then over whose path it is.
             own = [(people.stimuli[row], int(row)) for row in first]
             each, owners = over_people(values, own, second.tolist(), how.over, metric.better)
             images, names = over_people(each, [one[0] for one in owners], [one[1] for one in owners])
-            cells.update(_pair_cells(metric, values, images, names, how, None))
+            draws = resamples(len(names), how.n_boot, how.seed)
+            cells.update(_pair_cells(metric, values, images, names, how, draws if len(draws) else None))
     return cells
 
 

@@ -19,7 +19,7 @@ EPS = float(np.finfo(np.float64).eps)
 def step_overlap(predicted: ArrayLike, human: ArrayLike, *, on_degenerate: Degenerate = "nan") -> Floats:
     """The predicted probability of what was looked at: histogram intersection with the one-hot truth, higher is better.
 
-    "Object-level Attention Transformer", arXiv 2407.13335, calls it SIM.
+    "OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction", arXiv 2407.13335, calls it SIM.
 
     Args:
         predicted: probabilities; rows sum to 1. human: see above.
