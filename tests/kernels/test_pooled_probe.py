@@ -17,8 +17,13 @@ from vlattn.kernels import pooled_probe as kernel
 from vlattn.kernels import pooled_sizes
 from vlattn.probing.head import make_head
 from vlattn.probing.head_bank import HeadBank
+from vlattn.probing.poolers import base as pooler_base
 from vlattn.probing.poolers import ep as ep_module
+from vlattn.probing.poolers.aim import AIM
+from vlattn.probing.poolers.base import Pooler
 from vlattn.probing.poolers.ep import EP
+from vlattn.probing.poolers.mhca import MHCA
+from vlattn.probing.poolers.simpool import ESimPool, SimPool
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error over the largest value."""
@@ -218,10 +223,15 @@ def test_vmap_over_sets_of_queries_is_one_call_with_all_of_them() -> None:
 
 
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """EP as it runs on a GPU."""
+    """Poolers as they run on a GPU."""
     original = ops.pooled_probe
-    monkeypatch.setattr(ep_module, "_on_triton", lambda tokens: pooled_sizes.unsupported(tokens) is None)
-    monkeypatch.setattr(ep_module.ops, "pooled_probe", lambda *a, **k: original(*a, **k, backend="triton"))
+
+    def covered(key: torch.Tensor, value: torch.Tensor | None = None) -> bool:
+        return pooled_sizes.unsupported(key, value) is None
+
+    monkeypatch.setattr(ep_module, "on_kernel", covered)
+    monkeypatch.setattr(pooler_base, "on_kernel", covered)
+    monkeypatch.setattr(ops, "pooled_probe", lambda *a, **k: original(*a, **k, backend="triton"))
 
 
 def test_efficient_probing_on_the_kernel_has_the_features_and_gradients_of_the_cpu(
@@ -238,11 +248,30 @@ def test_efficient_probing_on_the_kernel_has_the_features_and_gradients_of_the_c
     torch.testing.assert_close(pool(tokens, own), expected[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_bank_of_heads_on_the_kernel_trains_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, tokens = HeadBank(make_head("ep:queries=4", 24, 5, seed=0), 3), draw(35, 2, 9, 24)
+@pytest.mark.parametrize(
+    "pool",
+    [MHCA(24, heads=4), AIM(24, heads=4, queries=2), SimPool(24), ESimPool(24, heads=2)],
+    ids=lambda pool: type(pool).__name__,
+)
+def test_other_poolers_on_the_kernel_have_the_features_and_gradients_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, pool: Pooler
+) -> None:
+    tokens, pull = draw(33, 2, 17, 24).requires_grad_(), draw(34, 2, 24)
+    wanted = [tokens, *pool.parameters()]
+    expected = (pool(tokens), *torch.autograd.grad((pool(tokens) * pull).sum(), wanted))
+    through_triton(monkeypatch)
+    found = (pool(tokens), *torch.autograd.grad((pool(tokens) * pull).sum(), wanted))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ep:queries=4", "mhca:heads=4"])
+def test_a_bank_of_heads_on_the_kernel_trains_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    bank, tokens = HeadBank(make_head(name, 24, 5, seed=0), 3), draw(35, 2, 9, 24)
     bank.eval()
     with torch.no_grad():
-        bank.stacked.pooler.query.add_(draw(36, 3, 4, 24))
+        query = bank.stacked.pooler.query
+        query.add_(draw(36, *query.shape))
     weights = [*bank.stacked.pooler.parameters()]
     expected = (bank(tokens), *torch.autograd.grad(bank(tokens).square().sum(), weights))
     through_triton(monkeypatch)

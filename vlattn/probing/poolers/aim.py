@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlattn.checks import require_count, require_divisor
-from vlattn.probing.poolers.base import Pooler, attention_maps, split_heads
+from vlattn.probing.poolers.base import Pooler, attention_maps, pool, split_heads
 
 
 class AIM(Pooler):
@@ -39,7 +39,7 @@ class AIM(Pooler):
         key = split_heads(self.key(normed), self.heads)  # [B, H, N, D / H]
         value = split_heads(self.value(normed), self.heads)
         query = split_heads(self.query[None], self.heads).to(key.dtype).expand(len(tokens), -1, -1, -1)
-        return F.scaled_dot_product_attention(query, key, value).mean(2).flatten(1)
+        return pool(query, key, value).mean(2).flatten(1)
 
     def attention(self, tokens: torch.Tensor) -> torch.Tensor:
         """One map per head, [B, H, N], the mean over queries; running statistics stay as they are."""

@@ -7,9 +7,13 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from vlattn import ops
 from vlattn.checks import require_count
 from vlattn.errors import InputError
+from vlattn.kernels.dispatch import uses_triton
+from vlattn.kernels.pooled_sizes import unsupported
 from vlattn.probing.poolers.branches import BranchLosses
 
 
@@ -90,3 +94,23 @@ def attention_maps(query: torch.Tensor, key: torch.Tensor, scale: float) -> torc
     """
     scores = (query * scale) @ key.transpose(-2, -1)
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def on_kernel(key: torch.Tensor, value: torch.Tensor | None = None) -> bool:
+    """Whether `ops.pooled_probe` runs its kernel on them, which reads them once; elsewhere torch has better ways."""
+    return key.is_cuda and uses_triton(key, None) and unsupported(key, value) is None
+
+
+def pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What a few queries gather, softmax(E^(-1/2) query key^T) value.
+
+    Args:
+        query: [B, H, M, E].
+        key, value: [B, H, N, E].
+
+    Returns:
+        [B, H, M, E], from the kernel of `ops.pooled_probe` on a GPU and from torch's attention elsewhere.
+    """
+    if on_kernel(key, value):
+        return ops.pooled_probe(query, key, value, scale=key.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(query, key, value)

@@ -13,9 +13,7 @@ from torch import nn
 from vlattn import ops
 from vlattn.checks import require_choice, require_divisor
 from vlattn.errors import InputError
-from vlattn.kernels.dispatch import uses_triton
-from vlattn.kernels.pooled_sizes import unsupported
-from vlattn.probing.poolers.base import Pooler, attention_maps
+from vlattn.probing.poolers.base import Pooler, attention_maps, on_kernel
 from vlattn.probing.poolers.ep_frozen import frozen_ep
 
 Form = Literal["auto", "direct", "reassociated"]
@@ -61,7 +59,7 @@ class EP(Pooler):
             return torch.einsum("bmn,bnmc->bmc", maps, values).flatten(1)
         slices = self.value.weight.unflatten(0, (self.queries, -1))  # [M, D / dM, D]
         tokens, query, slices = _as_autocast(tokens, query, slices)
-        if _on_triton(tokens):
+        if on_kernel(tokens):
             sums = ops.pooled_probe(query, tokens, scale=self.dim**-0.5)  # [B, M, D]
         elif query.ndim == 2 and not tokens.requires_grad:
             return frozen_ep(tokens, query, slices, self.dim**-0.5)
@@ -87,11 +85,6 @@ class EP(Pooler):
         if query.shape != wanted:
             raise InputError(f"query: got shape {list(query.shape)}; give {list(wanted)}, queries of each image")
         return query
-
-
-def _on_triton(tokens: torch.Tensor) -> bool:
-    """Whether `ops.pooled_probe` runs its kernel, which reads the tokens once; elsewhere there are better ways here."""
-    return tokens.is_cuda and uses_triton(tokens, None) and unsupported(tokens) is None
 
 
 def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vlattn.checks import require_divisor
-from vlattn.probing.poolers.base import Pooler, attention_maps, split_heads
+from vlattn.probing.poolers.base import Pooler, attention_maps, pool, split_heads
 
 
 class MHCA(Pooler):
@@ -39,7 +38,7 @@ class MHCA(Pooler):
         key = split_heads(self.key(tokens), self.heads)  # [B, H, N, D / H]
         value = split_heads(self.value(tokens), self.heads)
         query = self._query().to(key.dtype).expand(len(tokens), -1, -1, -1)
-        out = F.scaled_dot_product_attention(query, key, value).flatten(1)
+        out = pool(query, key, value).flatten(1)
         return out if self.out_proj is None else self.out_proj(out)
 
     def attention(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,10 @@ from abc import abstractmethod
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vlattn.checks import require_divisor, require_positive
 from vlattn.errors import InputError
-from vlattn.probing.poolers.base import Pooler, attention_maps, split_heads
+from vlattn.probing.poolers.base import Pooler, attention_maps, pool, split_heads
 
 _EPS = 1e-6
 
@@ -43,7 +42,7 @@ class _MeanQuery(Pooler):
         if self.gamma is not None:
             value = (value - value.amin((1, 2), keepdim=True) + _EPS) ** self.gamma
         query, key, value = (split_heads(part, self.heads).to(query.dtype) for part in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value).flatten(1)  # [B, D]
+        out = pool(query, key, value).flatten(1)  # [B, D]
         if self.gamma is not None:
             out = out ** (1 / self.gamma)
         return out if self.beta is None else out + self.beta.to(out.dtype)
