@@ -12,8 +12,9 @@ BASELINES on the same test trials: chance, centre, saliency, similarity, the sea
           where its Sequence Score is best on the val part, with its grounding score. People: each against the others.
 
 Values have 95% bootstrap intervals over stimuli, which are pairs of a scene and a target; settings with several seeds
-have the mean, lowest and highest of their values too. `epoch_seconds` is a median, which other work on the machine
-disturbs little. What is finished in `--work` is neither trained nor evaluated again; what was cut off goes on.
+have the mean, lowest and highest of their values too. `epoch_seconds` is a median, with all
+that other work on the machine did to it. What is finished in `--work` is neither trained nor evaluated again; what was
+cut off goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlattn.cli import app
+from vlattn.runtime.compact_json import as_text
 from vlattn.runtime.machine import describe_machine
 
 COMMON = "--data tiny-gaze --split scene --size small --lr 0.0005 --batch-size 32"
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     show(found, console)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(as_text(found))
         console.print(f"wrote {args.out}")
 
 

@@ -321,7 +321,7 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
     A wide copy of all keys would go to memory and back, several times what the keys themselves take to read.
     """
-    step = max(1, _BLOCK // max(1, key[0].numel() * query.element_size()))
+    step = max(1, _BLOCK // max(1, key.shape[1:].numel() * query.element_size()))
     wide = query.new_empty(min(step, len(key)), *key.shape[1:])
     logits = query.new_empty(len(key), query.shape[1], key.shape[1])
     for start in range(0, len(key), step):
